@@ -1,0 +1,278 @@
+"""Which parameters form a linear layer, and how to see them in one canonical shape.
+
+Every kernel is seen as ``[stack, group, window, input, output]``, its bias as
+``[stack, group, output]`` and the moments of its input as ``[stack, group, input]``, so that
+the preconditioner is one formula for every kind of layer. The axes are
+
+* *stack*: independent copies of the layer that live in one array,
+* *group*: the groups of a grouped convolution (1 elsewhere),
+* *window*: the positions of a convolution's window (1 elsewhere),
+* *input*, *output*: the features that one group reads and writes.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax
+
+Path = tuple[str, ...]
+
+_KERNEL_ROLES = "sgwio"
+_BIAS_ROLES = "sgo"
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A kernel or bias: where the user's tree holds it, and how its axes become the canonical ones.
+
+    The array of shape ``shape`` is first reshaped to ``split``, whose axes play one role each;
+    axes of equal role are then gathered, in their order, and merged.
+
+    Attributes:
+      path: its path in the parameters.
+      shape: its shape there.
+      split: that shape with every axis that plays several roles split into its factors.
+      roles: one letter for every axis of ``split``: ``s`` stack, ``g`` group, ``w`` window,
+        ``i`` input, ``o`` output.
+
+    Raises:
+      ValueError: if ``split`` is not a splitting of ``shape`` with one role an axis.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> grouped_conv = Parameter(("kernel",), (3, 3, 4, 16), split=(3, 3, 4, 2, 8), roles="wwigo")
+      >>> grouped_conv.to_canonical(jnp.zeros((3, 3, 4, 16))).shape
+      (1, 2, 9, 4, 8)
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    split: tuple[int, ...]
+    roles: str
+
+    def __post_init__(self) -> None:
+        if (
+            math.prod(self.shape) != math.prod(self.split)
+            or len(self.split) != len(self.roles)
+            or not set(self.roles) <= set(_KERNEL_ROLES)
+        ):
+            raise ValueError(
+                f"{self.name}: shape {self.shape} cannot be split into {self.split} with roles {self.roles!r}. The "
+                "sizes must multiply to the same number, each axis of split having one role of s, g, w, i, o."
+            )
+
+    @property
+    def name(self) -> str:
+        """The path joined by ``/``."""
+        return "/".join(self.path)
+
+    @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    def axis_size(self, role: str) -> int:
+        """Returns the size of the canonical axis of this role; 1 where the parameter has none."""
+        return math.prod(n for n, r in zip(self.split, self.roles, strict=True) if r == role)
+
+    def to_canonical(self, array: jax.Array) -> jax.Array:
+        """Returns the parameter, or its gradient, in canonical shape."""
+        canonical_roles = _KERNEL_ROLES if "i" in self.roles else _BIAS_ROLES
+        shape = [self.axis_size(role) for role in canonical_roles]
+        return array.reshape(self.split).transpose(self._order).reshape(shape)
+
+    def from_canonical(self, array: jax.Array) -> jax.Array:
+        """Returns the array of shape ``shape`` whose canonical form is ``array``."""
+        gathered = array.reshape([self.split[axis] for axis in self._order])
+        inverse = [self._order.index(axis) for axis in range(len(self._order))]
+        return gathered.transpose(inverse).reshape(self.shape)
+
+    @property
+    def _order(self) -> list[int]:
+        return sorted(range(len(self.roles)), key=lambda axis: _KERNEL_ROLES.index(self.roles[axis]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One linear layer of a model: its parameters, and where its input is recorded.
+
+    Attributes:
+      kind: what the layer is, for the reader ("Dense", "Conv", ...).
+      kernel: its kernel.
+      bias: its bias, ``None`` for a layer without one.
+      record: the path in the intermediates of its :class:`~bnp_optax.InputMoments`.
+
+    Example:
+      >>> layer = Layer.dense(("encoder", "kernel"), (784, 100), bias=("encoder", "bias"))
+      >>> layer.path, layer.fan_in, layer.moments_shape
+      ('encoder', 784, (1, 1, 784))
+    """
+
+    kind: str
+    kernel: Parameter
+    bias: Parameter | None
+    record: Path
+
+    @classmethod
+    def dense(
+        cls, kernel: Path, shape: tuple[int, int], bias: Path | None = None, record: Path | None = None
+    ) -> "Layer":
+        """Describes ``h @ kernel + bias`` of any JAX code.
+
+        Args:
+          kernel: the kernel's path in the parameters.
+          shape: the kernel's shape, ``(inputs, outputs)``.
+          bias: the path of the bias, of shape ``(outputs,)``, if there is one.
+          record: where the intermediates hold the record of the layer's input; by default
+            :func:`record_path` of the kernel.
+
+        Returns:
+          The layer.
+        """
+        return cls(
+            kind="Dense",
+            kernel=Parameter(kernel, shape, split=shape, roles="io"),
+            bias=None if bias is None else Parameter(bias, shape[1:], split=shape[1:], roles="o"),
+            record=record_path(kernel) if record is None else record,
+        )
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The kernel, and the bias if there is one."""
+        return (self.kernel,) if self.bias is None else (self.kernel, self.bias)
+
+    @property
+    def path(self) -> str:
+        """The kernel's name without a final ``/kernel``."""
+        return self.kernel.name.removesuffix("/kernel")
+
+    @property
+    def fan_in(self) -> int:
+        """F, how many inputs one output unit sees: window size times input channels of its group."""
+        return self.kernel.axis_size("w") * self.kernel.axis_size("i")
+
+    @property
+    def moments_shape(self) -> tuple[int, int, int]:
+        """The shape ``(stack, group, input)`` of the moments of the layer's input."""
+        return self.kernel.axis_size("s"), self.kernel.axis_size("g"), self.kernel.axis_size("i")
+
+
+def record_path(kernel: Path) -> Path:
+    """Returns where the record of a kernel's input lies: beside it, its name followed by ``_input``."""
+    return (*kernel[:-1], f"{kernel[-1]}_input")
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftAlone:
+    """A parameter whose gradient passes unchanged.
+
+    Attributes:
+      path: its path in the parameters.
+      shape: its shape.
+      reason: why it is not preconditioned.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers(Mapping[str, Layer]):
+    """The layers to precondition, by path, and the parameters that are left alone.
+
+    Immutable and hashable, so that it can be a static argument. ``print(layers)`` shows a table.
+
+    Attributes:
+      preconditioned: the layers, in the order in which the model calls them.
+      left_alone: the parameters that pass unchanged, each with the reason.
+
+    Raises:
+      ValueError: if two layers claim the same parameter.
+
+    Example:
+      >>> layers = Layers((
+      ...     Layer.dense(("hidden", "kernel"), (8, 4), bias=("hidden", "bias")),
+      ...     Layer.dense(("out", "kernel"), (4, 2)),
+      ... ))
+      >>> list(layers), layers["hidden"].fan_in
+      (['hidden', 'out'], 8)
+      >>> print(layers.select(lambda layer: layer.path != "out"))
+      layer   kind   kernel  fan-in  parameters
+      hidden  Dense     8x4       8          36
+      <BLANKLINE>
+      left alone  shape  reason
+      out/kernel    4x2  not selected
+      <BLANKLINE>
+      1 layer covers 36 of 44 parameters (81.8%).
+    """
+
+    preconditioned: tuple[Layer, ...]
+    left_alone: tuple[LeftAlone, ...] = ()
+
+    def __post_init__(self) -> None:
+        claims = collections.Counter(parameter.name for layer in self.preconditioned for parameter in layer.parameters)
+        if twice := [name for name, count in claims.items() if count > 1]:
+            raise ValueError(f"Two layers claim the same parameter: {', '.join(twice)}. Each belongs to one layer.")
+
+    def __getitem__(self, path: str) -> Layer:
+        for layer in self.preconditioned:
+            if layer.path == path:
+                return layer
+        raise KeyError(path)
+
+    def __iter__(self) -> Iterator[str]:
+        return (layer.path for layer in self.preconditioned)
+
+    def __len__(self) -> int:
+        return len(self.preconditioned)
+
+    def select(self, predicate: Callable[[Layer], bool]) -> "Layers":
+        """Keeps the layers for which the predicate holds; the others are left alone.
+
+        Args:
+          predicate: called with each :class:`Layer`.
+
+        Returns:
+          A new :class:`Layers`.
+        """
+        chosen = tuple(layer for layer in self.preconditioned if predicate(layer))
+        dropped = tuple(
+            LeftAlone(parameter.path, parameter.shape, "not selected")
+            for layer in self.preconditioned
+            if layer not in chosen
+            for parameter in layer.parameters
+        )
+        return Layers(chosen, self.left_alone + dropped)
+
+    def __str__(self) -> str:
+        sizes = [sum(parameter.size for parameter in layer.parameters) for layer in self.preconditioned]
+        covered, left = sum(sizes), sum(math.prod(parameter.shape) for parameter in self.left_alone)
+        share = covered / max(covered + left, 1)
+        layers_cover = "1 layer covers" if len(self) == 1 else f"{len(self)} layers cover"
+        parts = [f"{layers_cover} {covered:,} of {covered + left:,} parameters ({share:.1%})."]
+        if self.left_alone:
+            others = [("/".join(x.path), _show_shape(x.shape), x.reason) for x in self.left_alone]
+            parts.insert(0, _table(("left alone", "shape", "reason"), others, align="<><"))
+        if self.preconditioned:
+            rows = [
+                (layer.path, layer.kind, _show_shape(layer.kernel.shape), f"{layer.fan_in:,}", f"{size:,}")
+                for layer, size in zip(self.preconditioned, sizes, strict=True)
+            ]
+            parts.insert(0, _table(("layer", "kind", "kernel", "fan-in", "parameters"), rows, align="<<>>>"))
+        return "\n\n".join(parts)
+
+
+def _show_shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], align: str) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True))
+        for row in (header, *rows)
+    ]
+    return "\n".join(line.rstrip() for line in lines)

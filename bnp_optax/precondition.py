@@ -1,0 +1,111 @@
+"""The step of the paper for one layer, on arrays in canonical shape.
+
+Shapes are those of :mod:`bnp_optax.layers`: kernels ``[stack, group, window, input, output]``,
+biases ``[stack, group, output]``, moments ``[stack, group, input]``, one scale an entry of the
+stack.
+
+References:
+  Lange, Helfrich, Ye, Batch Normalization Preconditioning for Neural Network Training, JMLR 23(72),
+  2022, Algorithm 2 (dense layers) and Algorithm 3 (convolutions).
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Scaling = Literal["examples", "positions", "bound", "none"]
+
+
+def precondition(
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    mean: jax.Array,
+    variance: jax.Array,
+    scale: jax.Array,
+    eps_relative: float | jax.Array,
+    eps: float | jax.Array,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the preconditioned gradients ``P P' g`` of a layer's kernel and bias.
+
+    With ``s = var + eps1 max(var) + eps2`` (the maximum over the inputs of one output unit) and
+    ``q2`` the scale::
+
+        G_w[j,i] <- (G_w[j,i] - mu[j] G_b[i]) / (q2 s[j])
+        G_b[i]   <- G_b[i] / q2 - sum_j mu[j] G_w[j,i]        with the new G_w
+
+    Without a bias nothing can be centred, and the raw second moment ``var + mu^2`` stands for
+    ``var``: ``G_w <- G_w / (q2 s)``. An input with ``s = 0`` (constant, with both eps 0) has no
+    direction of its own: its kernel gradient becomes 0.
+
+    Args:
+      kernel: gradient of the kernel, ``[stack, group, window, input, output]``.
+      bias: gradient of the bias, ``[stack, group, output]``, or ``None``.
+      mean: mu, mean of the layer's input, ``[stack, group, input]``.
+      variance: var, its variance, same shape.
+      scale: q2, ``[stack]`` (see :func:`batch_scale`).
+      eps_relative: eps1, the damping relative to the layer's largest variance.
+      eps: eps2, the absolute damping.
+
+    Returns:
+      The new kernel and bias gradients, shapes as given; all arguments share one dtype.
+
+    Example:
+      >>> kernel, bias = jnp.array([[6.0]])[None, None, None], jnp.array([2.0])[None, None]
+      >>> mean, variance = jnp.full((1, 1, 1), 1.0), jnp.full((1, 1, 1), 4.0)
+      >>> kernel, bias = precondition(kernel, bias, mean, variance, jnp.ones(1), 0.0, 0.0)
+      >>> kernel.item(), bias.item()  # (6 - 1 * 2) / 4 and 2 - 1 * 1
+      (1.0, 1.0)
+    """
+    second_moment = variance + jnp.square(mean) if bias is None else variance
+    s = second_moment + eps_relative * second_moment.max(axis=-1, keepdims=True) + eps
+    q2_s = (scale[:, None, None] * s)[:, :, None, :, None]
+    if bias is None:
+        return _divide(kernel, q2_s), None
+    mu = mean[:, :, None, :, None]
+    kernel = _divide(kernel - mu * bias[:, :, None, None, :], q2_s)
+    bias = bias / scale[:, None, None] - (mu * kernel).sum(axis=(2, 3))
+    return kernel, bias
+
+
+def batch_scale(scaling: Scaling, fan_in: int, examples: jax.Array, positions: jax.Array) -> jax.Array:
+    """Returns q2, the scalar that divides the whole step of a layer.
+
+    With F the ``fan_in``, N the examples of the batch and S the positions of an example:
+
+    ============= ================== ============================================
+    ``scaling``   q2                 reading
+    ============= ================== ============================================
+    "examples"    max(F / N, 1)      one example is one sample
+    "positions"   max(F / (N S), 1)  every position is a sample
+    "bound"       max(F / N, S)      bound where the loss sums over positions
+    "none"        1                  the learning rate carries it
+    ============= ================== ============================================
+
+    Args:
+      scaling: one of the four rules.
+      fan_in: F, how many inputs one output unit sees.
+      examples: N, ``[stack]``.
+      positions: N S, ``[stack]``.
+
+    Returns:
+      q2, ``[stack]``.
+
+    Example:
+      >>> batch_scale("examples", 784, examples=jnp.array([8.0]), positions=jnp.array([8.0]))
+      Array([98.], dtype=float32)
+    """
+    match scaling:
+        case "examples":
+            return jnp.maximum(fan_in / examples, 1)
+        case "positions":
+            return jnp.maximum(fan_in / positions, 1)
+        case "bound":
+            return jnp.maximum(fan_in / examples, positions / examples)
+        case "none":
+            return jnp.ones_like(examples)
+
+
+def _divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    is_zero = denominator == 0
+    return jnp.where(is_zero, 0, numerator / jnp.where(is_zero, 1, denominator))

@@ -1,0 +1,93 @@
+import math
+import string
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import bnp_optax as bnp
+
+sizes = st.integers(1, 4)
+
+
+def two_layers():
+    return bnp.Layers(
+        (
+            bnp.Layer.dense(("first", "kernel"), (8, 4), bias=("first", "bias")),
+            bnp.Layer.dense(("second", "kernel"), (4, 2)),
+        ),
+        (bnp.LeftAlone(("embed", "embedding"), (10, 8), "embedding"),),
+    )
+
+
+@given(st.lists(st.tuples(st.sampled_from("sgwo"), sizes), max_size=6), st.integers(0, 6), sizes)
+def test_canonical_is_an_einsum_of_the_roles(axes, where, inputs):
+    axes.insert(min(where, len(axes)), ("i", inputs))
+    roles, shape = "".join(role for role, _ in axes), tuple(size for _, size in axes)
+    parameter = bnp.Parameter(("kernel",), shape, shape, roles)
+    array = np.arange(math.prod(shape)).reshape(shape)
+
+    names = string.ascii_lowercase[: len(roles)]
+    ordered = "".join(names[k] for role in "sgwio" for k in range(len(roles)) if roles[k] == role)
+    expected = np.einsum(f"{names}->{ordered}", array).reshape([parameter.axis_size(role) for role in "sgwio"])
+
+    canonical = parameter.to_canonical(array)
+    np.testing.assert_array_equal(canonical, expected)
+    np.testing.assert_array_equal(parameter.from_canonical(canonical), array)
+
+
+def test_grouped_output_axis_is_group_major():
+    parameter = bnp.Parameter(("bias",), (6,), (2, 3), "go")
+    np.testing.assert_array_equal(parameter.to_canonical(np.arange(6)), [[[0, 1, 2], [3, 4, 5]]])
+
+
+@pytest.mark.parametrize(
+    ("shape", "split", "roles"), [((4, 3), (4, 2), "io"), ((4, 3), (4, 3), "ioo"), ((4, 3), (4, 3), "ix")]
+)
+def test_impossible_split_is_refused(shape, split, roles):
+    with pytest.raises(ValueError, match=r"a/kernel: shape \(4, 3\) cannot be split into"):
+        bnp.Parameter(("a", "kernel"), shape, split, roles)
+
+
+def test_layers_is_an_immutable_hashable_mapping():
+    layers = two_layers()
+    assert list(layers) == ["first", "second"]
+    assert layers["second"].fan_in == 4
+    assert "third" not in layers
+    assert layers == two_layers()
+    assert hash(layers) == hash(two_layers())
+    with pytest.raises(AttributeError):
+        layers.preconditioned = ()
+
+
+def test_path_of_a_kernel_at_the_root_or_of_another_name():
+    assert bnp.Layer.dense(("kernel",), (2, 2)).path == "kernel"
+    assert bnp.Layer.dense(("moe", "w_in"), (2, 2)).path == "moe/w_in"
+    assert bnp.Layer.dense(("moe", "w_in"), (2, 2)).record == ("moe", "w_in_input")
+
+
+def test_select_lists_what_it_dropped():
+    layers = two_layers().select(lambda layer: layer.path == "second")
+    assert list(layers) == ["second"]
+    dropped = {other.path: other.reason for other in layers.left_alone}
+    assert dropped == {
+        ("embed", "embedding"): "embedding",
+        ("first", "kernel"): "not selected",
+        ("first", "bias"): "not selected",
+    }
+
+
+def test_one_parameter_belongs_to_one_layer():
+    layer = bnp.Layer.dense(("a", "kernel"), (2, 2), bias=("a", "bias"))
+    other = bnp.Layer.dense(("b", "kernel"), (2, 2), bias=("a", "bias"))
+    with pytest.raises(ValueError, match="same parameter: a/bias"):
+        bnp.Layers((layer, other))
+
+
+def test_table_counts_what_is_covered():
+    lines = str(two_layers()).splitlines()
+    assert lines[1].split() == ["first", "Dense", "8x4", "8", "36"]
+    assert "embed/embedding" in lines[5]
+    assert lines[-1] == "2 layers cover 44 of 124 parameters (35.5%)."
+    assert str(bnp.Layers(())) == "0 layers cover 0 of 0 parameters (0.0%)."
