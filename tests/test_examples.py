@@ -1,0 +1,54 @@
+"""The examples, in a short form."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import matplotlib.image
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def as_users_run_it():
+    """Examples are user code, which Optax and Flax do not check for promotion."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def test_digits(tmp_path, capsys):
+    picture = tmp_path / "digits.png"
+    arguments = ["--epochs", "2", "--seeds", "1", "--batch-sizes", "64", "16", "--rates", "0.1", "0.3"]
+    results = load("digits").main([*arguments, "--output", str(picture)])
+    assert list(results) == [64, 16]
+    for by_method in results.values():
+        assert list(by_method) == ["SGD", "BN", "BNP"]
+    assert results[16]["BNP"].test.mean() > 85  # a guess is right in 10 %
+    assert np.std(matplotlib.image.imread(picture)) > 0.05
+    assert "works" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "--epochs and --seeds must be at least 1"),
+        (["--rates", "-1"], "--rates must be positive"),
+        (["--batch-sizes", "2000"], "--batch-sizes must lie between 1 and 1024"),
+        (["--methods", "Adam"], "invalid choice: 'Adam'"),
+        (["--output", "missing/digits.png"], "--output must be a .png file in a directory that exists"),
+    ],
+)
+def test_digits_refuses_bad_options(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        load("digits").main(arguments)
+    assert message in capsys.readouterr().err
