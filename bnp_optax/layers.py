@@ -13,14 +13,16 @@ the preconditioner is one formula for every kind of layer. The axes are
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
+from bnp_optax.table import table
+
 Path = tuple[str, ...]
 
-_KERNEL_ROLES = "sgwio"
-_BIAS_ROLES = "sgo"
+_LIFTED = "0123456789"
+_ORDER = _LIFTED + "sgwio"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Parameter:
       shape: its shape there.
       split: that shape with every axis that plays several roles split into its factors.
       roles: one letter for every axis of ``split``: ``s`` stack, ``g`` group, ``w`` window,
-        ``i`` input, ``o`` output.
+        ``i`` input, ``o`` output; digits are stack axes that the model's transforms (`scan`,
+        `vmap`) added, ``0`` by the outermost.
 
     Raises:
       ValueError: if ``split`` is not a splitting of ``shape`` with one role an axis.
@@ -56,11 +59,11 @@ class Parameter:
         if (
             math.prod(self.shape) != math.prod(self.split)
             or len(self.split) != len(self.roles)
-            or not set(self.roles) <= set(_KERNEL_ROLES)
+            or not set(self.roles) <= set(_ORDER)
         ):
             raise ValueError(
                 f"{self.name}: shape {self.shape} cannot be split into {self.split} with roles {self.roles!r}. The "
-                "sizes must multiply to the same number, each axis of split having one role of s, g, w, i, o."
+                "sizes must multiply to the same number, each axis of split having one role: s, g, w, i, o, a digit."
             )
 
     @property
@@ -73,14 +76,33 @@ class Parameter:
         """How many numbers it holds."""
         return math.prod(self.shape)
 
-    def axis_size(self, role: str) -> int:
-        """Returns the size of the canonical axis of this role; 1 where the parameter has none."""
-        return math.prod(n for n, r in zip(self.split, self.roles, strict=True) if r == role)
+    def axis_size(self, roles: str) -> int:
+        """Returns the product of the sizes of the axes with any of these roles; 1 where there are none."""
+        return math.prod(n for n, role in zip(self.split, self.roles, strict=True) if role in roles)
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """The stack's sizes: one an axis that the model's transforms added, outermost first, then its own."""
+        return (*(self.axis_size(digit) for digit in _LIFTED if digit in self.roles), self.axis_size("s"))
+
+    def lift(self, axis: int, size: int) -> "Parameter":
+        """Returns the parameter as it is outside a transform that stacks it.
+
+        Args:
+          axis: where the transform puts the new axis in the parameter's shape; not negative.
+          size: the size of the axis.
+        """
+        shape = (*self.shape[:axis], size, *self.shape[axis:])
+        before = math.prod(self.shape[:axis])
+        at = next(k for k in range(len(self.split) + 1) if math.prod(self.split[:k]) == before)
+        roles = "".join(str(int(role) + 1) if role in _LIFTED else role for role in self.roles)
+        split = (*self.split[:at], size, *self.split[at:])
+        return dataclasses.replace(self, shape=shape, split=split, roles=f"{roles[:at]}0{roles[at:]}")
 
     def to_canonical(self, array: jax.Array) -> jax.Array:
         """Returns the parameter, or its gradient, in canonical shape."""
-        canonical_roles = _KERNEL_ROLES if "i" in self.roles else _BIAS_ROLES
-        shape = [self.axis_size(role) for role in canonical_roles]
+        rest = "gwio" if "i" in self.roles else "go"
+        shape = [math.prod(self.stack_shape), *(self.axis_size(role) for role in rest)]
         return array.reshape(self.split).transpose(self._order).reshape(shape)
 
     def from_canonical(self, array: jax.Array) -> jax.Array:
@@ -91,7 +113,7 @@ class Parameter:
 
     @property
     def _order(self) -> list[int]:
-        return sorted(range(len(self.roles)), key=lambda axis: _KERNEL_ROLES.index(self.roles[axis]))
+        return sorted(range(len(self.roles)), key=lambda axis: _ORDER.index(self.roles[axis]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +125,8 @@ class Layer:
       kernel: its kernel.
       bias: its bias, ``None`` for a layer without one.
       record: the path in the intermediates of its :class:`~bnp_optax.InputMoments`.
+      lifts: the leading axes that the model's own transforms add to that record, outermost first:
+        ``s`` an axis of the kernel's stack, ``e`` examples, ``r`` repeated calls (time steps).
 
     Example:
       >>> layer = Layer.dense(("encoder", "kernel"), (784, 100), bias=("encoder", "bias"))
@@ -114,6 +138,7 @@ class Layer:
     kernel: Parameter
     bias: Parameter | None
     record: Path
+    lifts: str = ""
 
     @classmethod
     def dense(
@@ -156,7 +181,7 @@ class Layer:
     @property
     def moments_shape(self) -> tuple[int, int, int]:
         """The shape ``(stack, group, input)`` of the moments of the layer's input."""
-        return self.kernel.axis_size("s"), self.kernel.axis_size("g"), self.kernel.axis_size("i")
+        return math.prod(self.kernel.stack_shape), self.kernel.axis_size("g"), self.kernel.axis_size("i")
 
 
 def record_path(kernel: Path) -> Path:
@@ -200,13 +225,14 @@ class Layers(Mapping[str, Layer]):
       >>> list(layers), layers["hidden"].fan_in
       (['hidden', 'out'], 8)
       >>> print(layers.select(lambda layer: layer.path != "out"))
-      layer   kind   kernel  fan-in  parameters
-      hidden  Dense     8x4       8          36
+      layer   kind   kernel  fan-in  covers        parameters
+      hidden  Dense     8x4       8  kernel, bias          36
       <BLANKLINE>
-      left alone  shape  reason
-      out/kernel    4x2  not selected
+      Left alone: not selected
+        out/kernel  4x2
       <BLANKLINE>
       1 layer covers 36 of 44 parameters (81.8%).
+      With scaling="examples" a layer's step is divided by q2 = max(fan-in / examples, 1).
     """
 
     preconditioned: tuple[Layer, ...]
@@ -248,31 +274,4 @@ class Layers(Mapping[str, Layer]):
         return Layers(chosen, self.left_alone + dropped)
 
     def __str__(self) -> str:
-        sizes = [sum(parameter.size for parameter in layer.parameters) for layer in self.preconditioned]
-        covered, left = sum(sizes), sum(math.prod(parameter.shape) for parameter in self.left_alone)
-        share = covered / max(covered + left, 1)
-        layers_cover = "1 layer covers" if len(self) == 1 else f"{len(self)} layers cover"
-        parts = [f"{layers_cover} {covered:,} of {covered + left:,} parameters ({share:.1%})."]
-        if self.left_alone:
-            others = [("/".join(x.path), _show_shape(x.shape), x.reason) for x in self.left_alone]
-            parts.insert(0, _table(("left alone", "shape", "reason"), others, align="<><"))
-        if self.preconditioned:
-            rows = [
-                (layer.path, layer.kind, _show_shape(layer.kernel.shape), f"{layer.fan_in:,}", f"{size:,}")
-                for layer, size in zip(self.preconditioned, sizes, strict=True)
-            ]
-            parts.insert(0, _table(("layer", "kind", "kernel", "fan-in", "parameters"), rows, align="<<>>>"))
-        return "\n\n".join(parts)
-
-
-def _show_shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
-
-
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], align: str) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True))
-        for row in (header, *rows)
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+        return table(self)

@@ -8,7 +8,7 @@ leading axes are added by whatever the model is wrapped in (`vmap`, `scan`, ...)
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -48,20 +48,32 @@ def statistics_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
     return np.dtype("float64" if dtype == np.dtype("float64") else "float32")
 
 
-def input_moments(x: jax.Array, *, groups: int = 1, num_spatial: int = 0) -> InputMoments:
+def input_moments(
+    x: jax.Array,
+    *,
+    input_axes: Sequence[int] = (-1,),
+    stack_axes: Sequence[int] = (),
+    groups: int = 1,
+    num_spatial: int = 0,
+) -> InputMoments:
     """Computes the moments of a layer's input over everything but its features.
 
-    The variance is the mean squared deviation from the mean, corrected for the rounding of the
-    mean, so that neither a large offset nor a long sum in float32 spoils it.
+    The variance is the mean squared deviation from the first vector of the input, less the squared
+    deviation of the mean from it. That takes one pass, and a large offset does not cancel: the first
+    vector counts itself, so that the variance is at least a 1/positions part of what is subtracted.
 
     Args:
       x: the layer's input, ``[examples, ..., features]``, or a single example of a layer that
         takes one; any real dtype, not empty.
+      input_axes: the axes that hold the features, in the order of the kernel's.
+      stack_axes: the axes along which the layer has kernels of their own.
       groups: into how many groups the features fall.
-      num_spatial: how many axes before the features belong to one example whatever the rank.
+      num_spatial: how many of the other axes belong to one example whatever the rank. The first
+        that does not is the axis of examples; without one, there is a single example.
 
     Returns:
-      The record, with ``stack`` 1 and behind ``stop_gradient``.
+      The record, with the features merged, the stack merged (1 without one), and behind
+      ``stop_gradient``.
 
     Raises:
       ValueError: if ``x`` has no elements.
@@ -74,52 +86,70 @@ def input_moments(x: jax.Array, *, groups: int = 1, num_spatial: int = 0) -> Inp
     if x.size == 0:
         raise ValueError(f"its input is empty (shape {x.shape}), which has no mean: give it at least one example")
     x = jax.lax.stop_gradient(x).astype(statistics_dtype(x.dtype))
-    axes = tuple(range(x.ndim - 1))
-    mean = x.mean(axes)
-    deviation = x - mean.reshape((1,) * len(axes) + mean.shape)
-    offset = deviation.mean(axes)
-    variance = jnp.maximum(jnp.square(deviation).mean(axes) - jnp.square(offset), 0)
-    canonical = (1, groups, x.shape[-1] // groups)
+    kept = [axis % x.ndim for axis in (*stack_axes, *input_axes)]
+    reduced = tuple(axis for axis in range(x.ndim) if axis not in kept)
+    # Two reductions that neither wait for each other nor share an array but x. So XLA runs them beside the layer, in
+    # one pass where it can; a deviation from the mean would keep x alive for longer, or be an array of its size.
+    mean = x.mean(reduced, keepdims=True)
+    shift = _first_vector(x, reduced)
+    variance = jnp.maximum(jnp.square(x - shift).mean(reduced, keepdims=True) - jnp.square(mean - shift), 0)
+    stack = math.prod(x.shape[axis] for axis in stack_axes)
+
+    def canonical(moment: jax.Array) -> jax.Array:
+        return moment.transpose(*reduced, *kept).reshape(stack, groups, -1)
+
+    examples = x.shape[reduced[0]] if len(reduced) > num_spatial else 1
+    positions = math.prod(x.shape[axis] for axis in reduced)
     return InputMoments(
-        mean=(mean + offset).reshape(canonical),
-        variance=variance.reshape(canonical),
-        examples=jnp.full((1,), x.shape[0] if len(axes) > num_spatial else 1, x.dtype),
-        positions=jnp.full((1,), float(math.prod(x.shape[:-1])), x.dtype),
+        mean=canonical(mean),
+        variance=canonical(variance),
+        examples=jnp.full((stack,), float(examples), x.dtype),
+        positions=jnp.full((stack,), float(positions), x.dtype),
     )
 
 
-def pool(moments: InputMoments, num_axes: int) -> InputMoments:
-    """Pools records over their leading axes, each weighted with its exact count.
+def _first_vector(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
+    """Returns the first position of the first example, with the reduced axes kept."""
+    if any(jax.typeof(x).sharding.spec[axis] is not None for axis in reduced):
+        return x.mean(reduced, keepdims=True)  # an explicitly sharded axis cannot be sliced
+    return jax.lax.slice(x, [0] * x.ndim, [1 if axis in reduced else size for axis, size in enumerate(x.shape)])
 
-    Each leading axis adds examples: micro-batches, `vmap` over examples, devices.
+
+def pool(moments: InputMoments, example_axes: Sequence[int] = (), repeat_axes: Sequence[int] = ()) -> InputMoments:
+    """Pools records over leading axes, each weighted with its exact count.
 
     Args:
-      moments: records with ``num_axes`` more leading axes than the result.
-      num_axes: how many leading axes to pool.
+      moments: records with leading axes.
+      example_axes: those along which the records are of other examples: micro-batches, devices, a
+        `vmap` over examples.
+      repeat_axes: those along which they are of the same examples again: the steps of a recurrent
+        network, calls of a shared layer. They add positions only.
 
     Returns:
-      The moments of all the inputs together.
+      The moments of all the inputs together, without these axes; all zero if they had no positions.
     """
-    axes = tuple(range(num_axes))
+    axes = (*example_axes, *repeat_axes)
     pooled = _pool(moments, lambda leaf: leaf.sum(axis=axes, keepdims=True))
-    squeezed: InputMoments = jax.tree.map(lambda leaf: leaf.squeeze(axes), pooled)
+    examples = moments.examples.max(axis=tuple(repeat_axes), keepdims=True).sum(tuple(example_axes), keepdims=True)
+    squeezed: InputMoments = jax.tree.map(
+        lambda leaf: leaf.squeeze(axes), dataclasses.replace(pooled, examples=examples)
+    )
     return squeezed
 
 
 def pool_devices(moments: InputMoments, axis_name: str | tuple[str, ...]) -> InputMoments:
-    """Pools the records of all devices (or of a `vmap`) along the named axis, as :func:`pool` does."""
+    """Pools the records of all devices (or of a `vmap`) along the named axis, which adds examples."""
     return _pool(moments, lambda leaf: jax.lax.psum(leaf, axis_name))
 
 
 def pool_calls(first: InputMoments, second: InputMoments) -> InputMoments:
     """Pools two calls of one layer in the same forward pass: more positions of the same examples."""
-    both = jax.tree.map(lambda a, b: jnp.stack([a, b]), first, second)
-    return dataclasses.replace(pool(both, num_axes=1), examples=both.examples.max(axis=0))
+    return pool(jax.tree.map(lambda a, b: jnp.stack([a, b]), first, second), repeat_axes=[0])
 
 
 def _pool(moments: InputMoments, total: Callable[[jax.Array], jax.Array]) -> InputMoments:
     positions = total(moments.positions)
-    share = (moments.positions / positions)[..., None, None]
+    share = (moments.positions / jnp.maximum(positions, 1))[..., None, None]
     mean = total(share * moments.mean)
     variance = total(share * (moments.variance + jnp.square(moments.mean - mean)))
     return InputMoments(mean, variance, total(moments.examples), positions)

@@ -59,12 +59,14 @@ def precondition(
     """
     second_moment = variance + jnp.square(mean) if bias is None else variance
     s = second_moment + eps_relative * second_moment.max(axis=-1, keepdims=True) + eps
-    q2_s = (scale[:, None, None] * s)[:, :, None, :, None]
+    # a reciprocal of a few numbers, as a division of the kernel's many would keep XLA from fusing it with its uses
+    one_over_q2_s = jnp.where(s > 0, 1 / (scale[:, None, None] * jnp.where(s > 0, s, 1)), 0)[:, :, None, :, None]
     if bias is None:
-        return _divide(kernel, q2_s), None
+        return kernel * one_over_q2_s, None
     mu = mean[:, :, None, :, None]
-    kernel = _divide(kernel - mu * bias[:, :, None, None, :], q2_s)
-    bias = bias / scale[:, None, None] - (mu * kernel).sum(axis=(2, 3))
+    kernel = (kernel - mu * bias[:, :, None, None, :]) * one_over_q2_s
+    mean_step = jnp.einsum("sgi,sgwio->sgo", mean, kernel, precision=jax.lax.Precision.HIGHEST)
+    bias = bias / scale[:, None, None] - mean_step
     return kernel, bias
 
 
@@ -104,8 +106,3 @@ def batch_scale(scaling: Scaling, fan_in: int, examples: jax.Array, positions: j
             return jnp.maximum(fan_in / examples, positions / examples)
         case "none":
             return jnp.ones_like(examples)
-
-
-def _divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    is_zero = denominator == 0
-    return jnp.where(is_zero, 0, numerator / jnp.where(is_zero, 1, denominator))

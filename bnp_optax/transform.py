@@ -118,7 +118,7 @@ def scale_by_bnp(
     _check_options(layers, decay, eps_relative, eps, variance, scaling, prior_examples)
 
     def init_fn(params: optax.Params) -> ScaleByBNPState:
-        leaves, treedef = _leaves_by_path(params)
+        leaves, treedef = _leaves_by_path(layers, params)
         layer_of = {layer.kernel.path: layer for layer in _present(layers, leaves)}
 
         def tree(at_kernel: Callable[[tuple[int, int, int], np.dtype], jax.Array]) -> optax.Updates:
@@ -142,11 +142,14 @@ def scale_by_bnp(
         step_decay = running_decay(state.seen, batch.examples, decay, prior_examples)
         new_mean, new_variance = absorb(state.mean, state.variance, batch, step_decay, variance)
         finite = (jnp.isfinite(new_mean) & jnp.isfinite(new_variance)).all((1, 2))
+        called = batch.positions > 0  # not, for instance, in a branch that was not taken
+        accept = finite & called
+        scale = batch_scale(scaling, layer.fan_in, batch.examples, batch.positions)
         return ScaleByBNPState(
-            mean=jnp.where(finite[:, None, None], new_mean, state.mean),
-            variance=jnp.where(finite[:, None, None], new_variance, state.variance),
-            scale=batch_scale(scaling, layer.fan_in, batch.examples, batch.positions),
-            seen=_saturating_add(state.seen, jnp.where(finite, batch.examples, 0)),
+            mean=jnp.where(accept[:, None, None], new_mean, state.mean),
+            variance=jnp.where(accept[:, None, None], new_variance, state.variance),
+            scale=jnp.where(called, scale, state.scale),
+            seen=_saturating_add(state.seen, jnp.where(accept, batch.examples, 0)),
             skipped=_saturating_add(state.skipped, ~finite),
         )
 
@@ -181,7 +184,7 @@ def scale_by_bnp(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByBNPState]:
         del params, extra_args
-        gradients, treedef = _leaves_by_path(updates)
+        gradients, treedef = _leaves_by_path(layers, updates)
         present = _present(layers, gradients)
         records = None if intermediates is KEEP_STATISTICS else _find_records(present, intermediates)
         fields = [dict(zip(gradients, treedef.flatten_up_to(field), strict=True)) for field in state]
@@ -216,9 +219,15 @@ def _check_options(
             raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(options)))}, but is {value!r}.")
 
 
-def _leaves_by_path(tree: Any) -> tuple[dict[Path, Any], Any]:
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_masked)
-    return {tuple(jax.tree_util.keystr((key,), simple=True) for key in keys): leaf for keys, leaf in leaves}, treedef
+def _leaves_by_path(layers: Layers, tree: Any) -> tuple[dict[Path, Any], Any]:
+    """Flattens a tree to its leaves by path; a parameter in a box (`nn.Partitioned`) has the path of the box."""
+    parameters = {parameter.path for layer in layers.values() for parameter in layer.parameters}
+    with_keys, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_masked)
+    leaves = {}
+    for keys, leaf in with_keys:
+        path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+        leaves[path[:-1] if path[:-1] in parameters else path] = leaf
+    return leaves, treedef
 
 
 def _is_masked(leaf: Any) -> bool:
@@ -234,24 +243,29 @@ def _present(layers: Layers, leaves: Mapping[Path, Any]) -> list[Layer]:
     if not leaves:  # optax.tree.map_params calls init with a placeholder that has no leaves
         return []
     present = []
-    for layer in layers.preconditioned:
-        for parameter in layer.parameters:
-            if parameter.path not in leaves:
-                raise ValueError(
-                    f"layers describes {parameter.name}, which the parameters do not hold. They hold "
-                    f"{', '.join('/'.join(path) for path in list(leaves)[:6])}{', ...' if len(leaves) > 6 else ''}. "
-                    "Call find_layers on the model that made these parameters."
-                )
-            leaf = leaves[parameter.path]
-            if not _is_masked(leaf) and jnp.shape(leaf) != parameter.shape:
-                raise ValueError(
-                    f"layers describes {parameter.name} with shape {parameter.shape}, but it has shape "
-                    f"{jnp.shape(leaf)}. Call find_layers again, on this model and with inputs of this shape."
-                )
-        if not _is_masked(leaves[layer.kernel.path]):
-            masked_bias = layer.bias is not None and _is_masked(leaves[layer.bias.path])
-            present.append(dataclasses.replace(layer, bias=None) if masked_bias else layer)
+    for layer in layers.values():
+        held = [parameter for parameter in layer.parameters if _is_held(parameter, leaves)]
+        if layer.kernel in held:
+            present.append(layer if layer.bias in held else dataclasses.replace(layer, bias=None))
     return present
+
+
+def _is_held(parameter: Parameter, leaves: Mapping[Path, Any]) -> bool:
+    """Returns whether a tree holds a parameter, rather than a mask of it or of a tree around it."""
+    if any(_is_masked(leaves.get(parameter.path[:depth])) for depth in range(1, len(parameter.path) + 1)):
+        return False
+    if parameter.path not in leaves:
+        raise ValueError(
+            f"layers describes {parameter.name}, which the parameters do not hold. They hold "
+            f"{', '.join('/'.join(path) for path in list(leaves)[:6])}{', ...' if len(leaves) > 6 else ''}. "
+            "Call find_layers on the model that made these parameters."
+        )
+    if (shape := jnp.shape(leaves[parameter.path])) != parameter.shape:
+        raise ValueError(
+            f"layers describes {parameter.name} with shape {parameter.shape}, but it has shape {shape}. Call "
+            "find_layers again, on this model and with inputs of this shape."
+        )
+    return True
 
 
 def _find_records(layers: list[Layer], intermediates: Any) -> dict[str, InputMoments]:
@@ -271,17 +285,39 @@ def _find_records(layers: list[Layer], intermediates: Any) -> dict[str, InputMom
                 "call these layers, leave them out with layers.select(...)."
             )
         raise ValueError(f"intermediates hold no record of the input of {', '.join(missing)}. {remedy}")
-    records = {}
-    for layer in layers:
-        record, shape = found[layer.path], layer.moments_shape
-        num_extra = record.mean.ndim - len(shape)
-        if record.mean.shape[max(num_extra, 0) :] != shape:
-            raise ValueError(
-                f"The record of {layer.path} has moments of shape {record.mean.shape}, but the layer needs "
-                f"{shape} (stack, group, input) at the end. Record the model that find_layers saw."
-            )
-        records[layer.path] = pool(record, num_extra) if num_extra else record
-    return records
+    return {layer.path: _pool_leading_axes(layer, found[layer.path]) for layer in layers}
+
+
+def _pool_leading_axes(layer: Layer, record: InputMoments) -> InputMoments:
+    """Pools what the transforms inside the model repeat, and all that is mapped or scanned around it."""
+    num_outer = record.mean.ndim - len(layer.lifts) - 3
+    roles = "e" * num_outer + layer.lifts
+    example_axes, repeat_axes = ([axis for axis, r in enumerate(roles) if r == role] for role in "er")
+    *lifted, own_stack = layer.kernel.stack_shape
+    _, groups, inputs = layer.moments_shape
+    stack = [size for size, role in zip(record.mean.shape, roles, strict=False) if role == "s"]
+    # a record with one entry serves all the entries of the layer's own stack
+    if (
+        num_outer < 0
+        or (stack, *record.mean.shape[-2:]) != (lifted, groups, inputs)
+        or record.mean.shape[-3] not in (1, own_stack)
+    ):
+        raise ValueError(
+            f"The record of {layer.path} has moments of shape {record.mean.shape}, but the layer needs "
+            f"{(*lifted, own_stack, groups, inputs)} (stack, group, input) at the end. Record the model that "
+            "find_layers saw."
+        )
+    pooled = pool(record, example_axes, repeat_axes)
+
+    def merge_stack(leaf: jax.Array, features: tuple[int, ...]) -> jax.Array:
+        return jnp.broadcast_to(leaf, (*lifted, own_stack, *features)).reshape(-1, *features)
+
+    return InputMoments(
+        merge_stack(pooled.mean, (groups, inputs)),
+        merge_stack(pooled.variance, (groups, inputs)),
+        merge_stack(pooled.examples, ()),
+        merge_stack(pooled.positions, ()),
+    )
 
 
 def _look_up(tree: Any, path: Path) -> Any:

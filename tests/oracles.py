@@ -55,3 +55,19 @@ def same_padding(size, window, stride):
     """The (low, high) padding of `SAME`, as XLA defines it."""
     total = max((-(-size // stride) - 1) * stride + window - size, 0)
     return total // 2, total - total // 2
+
+
+def bnp_update(inputs, examples, g_w, g_b=None, window=1, eps1=1e-2, eps2=1e-4):
+    """The update of a layer whose statistics are those of the batch, from the rows of its input.
+
+    `inputs` is `[positions, n]`, `g_w` is `[window * n, m]` with the window outermost, `g_b` is `[m]`.
+    """
+    mean, variance = inputs.mean(0), inputs.var(0)
+    moment = variance if g_b is not None else variance + mean**2
+    s = np.tile(moment + eps1 * moment.max() + eps2, window)[:, None]
+    q2 = max(g_w.shape[0] / examples, 1)
+    if g_b is None:
+        return g_w / (q2 * s), None
+    mu = np.tile(mean, window)[:, None]
+    new_w = (g_w - mu * g_b) / (q2 * s)
+    return new_w, g_b / q2 - (mu * new_w).sum(0)

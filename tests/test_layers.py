@@ -87,7 +87,21 @@ def test_one_parameter_belongs_to_one_layer():
 
 def test_table_counts_what_is_covered():
     lines = str(two_layers()).splitlines()
-    assert lines[1].split() == ["first", "Dense", "8x4", "8", "36"]
-    assert "embed/embedding" in lines[5]
-    assert lines[-1] == "2 layers cover 44 of 124 parameters (35.5%)."
-    assert str(bnp.Layers(())) == "0 layers cover 0 of 0 parameters (0.0%)."
+    assert lines[1].split() == ["first", "Dense", "8x4", "8", "kernel,", "bias", "36"]
+    assert lines[4:6] == ["Left alone: embedding", "  embed/embedding  10x8"]
+    assert lines[-2] == "2 layers cover 44 of 124 parameters (35.5%)."
+    assert str(bnp.Layers(())).startswith("0 layers cover 0 of 0 parameters (0.0%).")
+
+
+def test_table_folds_repeated_blocks_and_fits_a_terminal():
+    path = ("a_module_with_quite_a_long_name", "of_another", "block_{}", "dense_{}", "kernel")
+    layers = bnp.Layers(
+        tuple(bnp.Layer.dense(tuple(part.format(k) for part in path), (16, 16 if k % 50 else 8)) for k in range(100)),
+        tuple(bnp.LeftAlone((f"norm_{k}", "scale"), (16,), "scale of a normalization") for k in range(100)),
+    )
+    lines = str(layers).splitlines()
+    assert len(lines) < 12
+    assert max(map(len, lines)) <= 100
+    assert any(line.endswith(f"{98 * 256:,}") and "block_[1-99]/dense_[1-99] (98)" in line for line in lines)
+    assert "  norm_[0-99]/scale (100)  16" in lines
+    assert sum("256" in line or "128" in line for line in lines) >= 2

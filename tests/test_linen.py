@@ -105,7 +105,7 @@ def test_what_cannot_be_preconditioned_is_left_alone_with_the_reason():
     assert list(layers) == ["Doubling_0"]
     reasons = {"/".join(other.path): other.reason for other in layers.left_alone}
     assert reasons == {
-        "gain": "Odd is not one of Flax's linear layers",
+        "gain": "Odd is not one of Flax's linear layers; linen.record makes it known if it is linear",
         "Embed_0/embedding": "embedding: its rows are looked up, not multiplied by an input",
         "Overriding_0/kernel": "Overriding overrides __call__ without calling that of nn.Dense",
         "Conv_0/kernel": "masked kernel: its units see different inputs",

@@ -88,7 +88,7 @@ def test_empty_input_is_refused():
 def test_pooled_batches_of_any_size_are_one_batch(counts, seed):
     batches = [np.random.default_rng([seed, k]).normal(k, 1 + k, (n, 3)) for k, n in enumerate(counts)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(bnp.input_moments(jnp.asarray(b)) for b in batches))
-    pooled = pool(stacked, num_axes=1)
+    pooled = pool(stacked, example_axes=[0])
     assert_moments(pooled, np.concatenate(batches))
     assert pooled.examples == pooled.positions == sum(counts)
 
@@ -97,10 +97,10 @@ def test_pooled_batches_of_any_size_are_one_batch(counts, seed):
 def test_pooling_over_a_named_axis_or_two_leading_axes_is_one_batch(outer, inner, seed):
     x = jnp.asarray(np.random.default_rng(seed).normal(2, 3, (outer, inner, 5, 3)))
     records = jax.vmap(jax.vmap(bnp.input_moments))(x)
-    pooled = pool(records, num_axes=2)
-    by_name = jax.vmap(lambda r: pool_devices(pool(r, num_axes=1), "devices"), axis_name="devices", out_axes=None)(
-        records
-    )
+    pooled = pool(records, example_axes=[0, 1])
+    by_name = jax.vmap(
+        lambda r: pool_devices(pool(r, example_axes=[0]), "devices"), axis_name="devices", out_axes=None
+    )(records)
     for record in (pooled, by_name):
         assert_moments(record, x)
         assert record.examples == outer * inner * 5

@@ -88,6 +88,22 @@ def test_parameters_outside_layers_pass_unchanged():
     assert np.abs(updates["Conv_0"]["kernel"] - GRADIENTS["Conv_0"]["kernel"]).max() > 1e-3
 
 
+def test_a_large_offset_in_float32_gives_the_right_update():
+    """A feature of mean 1e4 and deviation 1 beside an ordinary one, against float64."""
+    rng = np.random.default_rng(0)
+    h = rng.normal([1e4, 0, 5], 1, (64, 3)).astype(np.float32)
+    delta = rng.normal(size=(64, 2)).astype(np.float32)
+    gradients = {"w": jnp.asarray(h.T @ delta), "b": jnp.asarray(delta.sum(0))}
+    tx = bnp.scale_by_bnp(DENSE, prior_examples=0)
+    updates, _ = tx.update(gradients, tx.init(DENSE_PARAMS), intermediates=dense_record(h))
+    h, delta = h.astype(np.float64), delta.astype(np.float64)
+    expected = paper_dense_step(h, h.T @ delta, delta.sum(0), np.zeros(3), np.ones(3), 0.0, 1e-2, 1e-4, 1.0)
+    np.testing.assert_allclose(updates["w"], expected[0], rtol=1e-2, atol=1e-2)
+    # the step at the mean input, where the large terms of kernel and bias cancel
+    at_mean = updates["b"] + np.asarray(updates["w"], np.float64).T @ h.mean(0)
+    np.testing.assert_allclose(at_mean, delta.sum(0), rtol=2e-2, atol=0.3)
+
+
 @given(st.sampled_from(["mixture", "batch"]), st.sampled_from([None, 0, 128]), st.integers(0, 2**16))
 def test_three_steps_equal_the_papers_algorithm(variance, prior, seed):
     """The start's weight included; in float32."""

@@ -1,0 +1,14 @@
+"""Flax Linen: find the linear layers of a model, and record their inputs.
+
+The layers of a model are found once, by tracing it abstractly (:func:`find_layers`); their inputs
+are recorded in each forward pass under :func:`record_inputs`, already reduced to moments, in the
+collection ``"intermediates"``. Both watch the calls of Flax's linear layers, and those that a
+layer of the user's own reports by :func:`record`.
+"""
+
+from bnp_optax.linen.calls import record
+from bnp_optax.linen.find import find_layers
+from bnp_optax.linen.recording import record_inputs
+from bnp_optax.linen.train_state import TrainState
+
+__all__ = ["TrainState", "find_layers", "record", "record_inputs"]
