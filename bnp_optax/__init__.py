@@ -1,6 +1,6 @@
 """Batch Normalization Preconditioning as an Optax gradient transformation."""
 
-from bnp_optax import linen
+from bnp_optax import linen, nnx
 from bnp_optax.alias import bnp_sgd
 from bnp_optax.layers import Layer, Layers, LeftAlone, Parameter
 from bnp_optax.moments import InputMoments, input_moments
@@ -17,5 +17,6 @@ __all__ = [
     "bnp_sgd",
     "input_moments",
     "linen",
+    "nnx",
     "scale_by_bnp",
 ]

@@ -2,10 +2,18 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import jax
 
 from bnp_optax.moments import InputMoments, input_moments
+
+# Why parameters are left alone.
+EMBEDDING = "embedding: its rows are looked up, not multiplied by an input"
+NORMALIZATION = "scale or shift of a normalization"
+MASKED = "masked kernel: its units see different inputs"
+COMPLEX = "complex parameters or input"
+NO_CONTRACTION = "its einsum is not the contraction of an input with the kernel"
 
 Split = tuple[tuple[int, ...], str]  # a shape whose axes play one role each, and those roles
 
@@ -61,6 +69,16 @@ def dense(kernel: tuple[int, ...], input_axes: tuple[int, ...] = (-1,), stack_ax
         input_axes=input_axes,
         stack_axes=stack_axes,
     )
+
+
+def dense_general(
+    kernel: tuple[int, ...], axis: int | Iterable[int], batch_axes: int | Iterable[int], ndim: int
+) -> Kind:
+    """Flax's dense layer over several axes of an input of rank ``ndim``, which it takes in the array's order."""
+    input_axes, stack_axes = (
+        tuple(sorted(a % ndim for a in ((axes,) if isinstance(axes, int) else axes))) for axes in (axis, batch_axes)
+    )
+    return dense(kernel, input_axes, stack_axes)
 
 
 def conv(kernel: tuple[int, ...], groups: int = 1) -> Kind:

@@ -142,9 +142,24 @@ def pool_devices(moments: InputMoments, axis_name: str | tuple[str, ...]) -> Inp
     return _pool(moments, lambda leaf: jax.lax.psum(leaf, axis_name))
 
 
-def pool_calls(first: InputMoments, second: InputMoments) -> InputMoments:
-    """Pools two calls of one layer in the same forward pass: more positions of the same examples."""
-    return pool(jax.tree.map(lambda a, b: jnp.stack([a, b]), first, second), repeat_axes=[0])
+def pool_with_earlier(earlier: InputMoments | None, record: InputMoments) -> InputMoments:
+    """Pools a call of a layer with earlier ones of the same forward pass: more positions of the same examples.
+
+    Args:
+      earlier: the record of the earlier calls, whose dtype the result has; ``None`` before the first.
+      record: that of the new call.
+
+    Returns:
+      The record of them all.
+
+    Raises:
+      ValueError: if their shapes differ.
+    """
+    if earlier is None:
+        return record
+    if earlier.mean.shape != record.mean.shape:
+        raise ValueError("it is called both inside and outside of a transform that adds an axis")
+    return pool(jax.tree.map(lambda a, b: jnp.stack([a, b.astype(a.dtype)]), earlier, record), repeat_axes=[0])
 
 
 def _pool(moments: InputMoments, total: Callable[[jax.Array], jax.Array]) -> InputMoments:

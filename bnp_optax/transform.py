@@ -225,9 +225,13 @@ def _leaves_by_path(layers: Layers, tree: Any) -> tuple[dict[Path, Any], Any]:
     with_keys, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_masked)
     leaves = {}
     for keys, leaf in with_keys:
-        path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+        path = _as_path(keys)
         leaves[path[:-1] if path[:-1] in parameters else path] = leaf
     return leaves, treedef
+
+
+def _as_path(keys: tuple[Any, ...]) -> Path:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
 
 
 def _is_masked(leaf: Any) -> bool:
@@ -275,17 +279,21 @@ def _find_records(layers: list[Layer], intermediates: Any) -> dict[str, InputMom
             "intermediates must be the tree of recorded inputs that model.apply(..., mutable=['intermediates']) "
             f"returns under record_inputs(), or KEEP_STATISTICS, not {type(intermediates).__name__}."
         )
-    found = {layer.path: _look_up(intermediates, layer.record) for layer in layers}
-    if missing := [path for path, record in found.items() if not isinstance(record, InputMoments)]:
+    with_keys = jax.tree_util.tree_leaves_with_path(intermediates, is_leaf=_is_record)
+    records = {_as_path(keys): leaf for keys, leaf in with_keys if _is_record(leaf)}
+    records |= {path[:-1]: record for path, record in records.items()}  # a box (nnx.Intermediate) adds a key
+    found = {layer.path: records.get(layer.record) for layer in layers}
+    if missing := [path for path, record in found.items() if record is None]:
         if "intermediates" in intermediates:
             remedy = "Pass the collection itself: intermediates=recorded['intermediates']."
         else:
             remedy = (
-                "Run model.apply(..., mutable=['intermediates']) inside 'with record_inputs():'. If this pass does not "
-                "call these layers, leave them out with layers.select(...)."
+                "Run model.apply(..., mutable=['intermediates']), or nnx.capture(model, nnx.Intermediate)(...), inside "
+                "'with record_inputs():'. If this pass does not call these layers, leave them out with "
+                "layers.select(...)."
             )
         raise ValueError(f"intermediates hold no record of the input of {', '.join(missing)}. {remedy}")
-    return {layer.path: _pool_leading_axes(layer, found[layer.path]) for layer in layers}
+    return {layer.path: _pool_leading_axes(layer, records[layer.record]) for layer in layers}
 
 
 def _pool_leading_axes(layer: Layer, record: InputMoments) -> InputMoments:
@@ -320,10 +328,8 @@ def _pool_leading_axes(layer: Layer, record: InputMoments) -> InputMoments:
     )
 
 
-def _look_up(tree: Any, path: Path) -> Any:
-    for key in path:
-        tree = tree.get(key) if isinstance(tree, Mapping) else None
-    return tree
+def _is_record(leaf: Any) -> bool:
+    return isinstance(leaf, InputMoments)
 
 
 def _saturating_add(count: jax.Array, more: jax.Array) -> jax.Array:

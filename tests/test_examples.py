@@ -52,3 +52,24 @@ def test_digits_refuses_bad_options(arguments, message, capsys):
     with pytest.raises(SystemExit):
         load("digits").main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_nnx_cnn(capsys):
+    results = load("nnx_cnn").main(["--epochs", "1", "--batch-size", "16", "--rates", "0.3"])
+    assert set(results) == {"SGD", "BNP"}
+    assert results["BNP"][0.3][-1] > 80  # a guess is right in 10 %
+    assert "Test accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--batch-size", "0"], "--batch-size must lie between 1 and 1024"),
+        (["--rates", "0"], "--rates must be positive"),
+    ],
+)
+def test_nnx_cnn_refuses_bad_options(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        load("nnx_cnn").main(arguments)
+    assert message in capsys.readouterr().err

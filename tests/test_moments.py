@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bnp_optax as bnp
-from bnp_optax.moments import absorb, pool, pool_calls, pool_devices, running_decay
+from bnp_optax.moments import absorb, pool, pool_devices, pool_with_earlier, running_decay
 
 pytestmark = pytest.mark.usefixtures("x64")
 seeds = st.integers(0, 2**16)
@@ -109,7 +109,7 @@ def test_pooling_over_a_named_axis_or_two_leading_axes_is_one_batch(outer, inner
 def test_calls_of_one_layer_add_positions_not_examples():
     rng = np.random.default_rng(0)
     first, second = rng.normal(size=(4, 3)), rng.normal(5, 2, size=(4, 6, 3))
-    record = pool_calls(bnp.input_moments(jnp.asarray(first)), bnp.input_moments(jnp.asarray(second)))
+    record = pool_with_earlier(bnp.input_moments(jnp.asarray(first)), bnp.input_moments(jnp.asarray(second)))
     assert_moments(record, np.concatenate([first, second.reshape(-1, 3)]))
     assert record.examples == 4
     assert record.positions == 4 + 24

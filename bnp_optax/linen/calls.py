@@ -134,14 +134,6 @@ def _einsum(module: nn.Einsum, kernel: tuple[int, ...], x: jax.Array, einsum_str
     return kinds.einsum(module.einsum_str if module.einsum_str is not None else str(einsum_str), kernel)
 
 
-def _dense_general(module: nn.DenseGeneral, kernel: tuple[int, ...], x: jax.Array) -> Kind:
-    input_axes, stack_axes = (
-        tuple(sorted(axis % x.ndim for axis in ((axes,) if isinstance(axes, int) else axes)))
-        for axes in (module.axis, module.batch_dims)
-    )
-    return kinds.dense(kernel, input_axes, stack_axes)
-
-
 def _conv_local(module: nn.ConvLocal, kernel: tuple[int, ...], x: jax.Array) -> Kind:
     window = module.kernel_size
     return kinds.conv_local(kernel, (window,) if isinstance(window, int) else tuple(window))
@@ -150,7 +142,7 @@ def _conv_local(module: nn.ConvLocal, kernel: tuple[int, ...], x: jax.Array) -> 
 # From a layer's class to its kind: a function of the module, its kernel's shape and its arguments.
 _KINDS: dict[type[nn.Module], Callable[..., Kind | None]] = {
     nn.Dense: lambda module, kernel, x: kinds.dense(kernel),
-    nn.DenseGeneral: _dense_general,
+    nn.DenseGeneral: lambda module, kernel, x: kinds.dense_general(kernel, module.axis, module.batch_dims, x.ndim),
     nn.Einsum: _einsum,
     nn.Conv: lambda module, kernel, x: kinds.conv(kernel, module.feature_group_count),
     nn.ConvLocal: _conv_local,
@@ -190,9 +182,9 @@ def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
 def _refusal(module: nn.Module, around: list[nn.Module]) -> str | None:
     """Says why a linear layer cannot be preconditioned all the same, if so."""
     if getattr(module, "mask", None) is not None:
-        return "masked kernel: its units see different inputs"
+        return kinds.MASKED
     if jnp.issubdtype(getattr(module, "param_dtype", jnp.float32), jnp.complexfloating):
-        return "complex parameters"
+        return kinds.COMPLEX
     if wrappers := [m for m in around if isinstance(m, nn.WeightNorm | nn.SpectralNorm)]:
         return f"its kernel is normalized by {type(wrappers[-1]).__name__}"
     return None
@@ -201,11 +193,11 @@ def _refusal(module: nn.Module, around: list[nn.Module]) -> str | None:
 def _reason_to_leave_alone(module: nn.Module) -> str:
     name = type(module).__name__
     if isinstance(module, nn.Embed):
-        return "embedding: its rows are looked up, not multiplied by an input"
+        return kinds.EMBEDDING
     if isinstance(module, _NORMALIZATIONS):
-        return "scale or shift of a normalization"
+        return kinds.NORMALIZATION
     if isinstance(module, nn.Einsum):
-        return "its einsum is not the contraction of an input with the kernel"
+        return kinds.NO_CONTRACTION
     for cls in _KINDS:
         if isinstance(module, cls):
             return f"{name} overrides __call__ without calling that of nn.{cls.__name__}"

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from bnp_optax.kinds import Kind
 from bnp_optax.layers import Layers, record_path
 from bnp_optax.linen.calls import observe
-from bnp_optax.moments import InputMoments, pool_calls, pool_devices
+from bnp_optax.moments import InputMoments, pool_devices, pool_with_earlier
 
 
 @contextlib.contextmanager
@@ -79,11 +79,12 @@ class _Recorder:
         where = "/".join(module.path) or type(module).__name__
         try:
             record = kind.moments(x)
+            if self.axis_name is not None:
+                record = pool_devices(record, self.axis_name)
+            is_sown = module.sow("intermediates", record_path(path)[-1], record, pool_with_earlier, lambda: None)
         except ValueError as error:
             raise ValueError(f"The input of {where} cannot be recorded: {error}.") from error
-        if self.axis_name is not None:
-            record = pool_devices(record, self.axis_name)
-        if not module.sow("intermediates", record_path(path)[-1], record, _pool_with_earlier, lambda: None):
+        if not is_sown:
             raise ValueError(
                 f"The input of {where} cannot be recorded, as the collection 'intermediates' is not mutable there. "
                 "Call model.apply(..., mutable=['intermediates']); if the layer is inside nn.scan, nn.vmap or nn.RNN, "
@@ -104,9 +105,3 @@ def _empty_records(layers: Layers) -> dict[str, Any]:
             records[layer.record] = InputMoments(moment, moment, count, count)
     tree: dict[str, Any] = flax.traverse_util.unflatten_dict(records)
     return tree
-
-
-def _pool_with_earlier(earlier: InputMoments | None, record: InputMoments) -> InputMoments:
-    if earlier is None:
-        return record
-    return pool_calls(earlier, jax.tree.map(lambda new, old: new.astype(old.dtype), record, earlier))

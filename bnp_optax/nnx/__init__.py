@@ -1,0 +1,12 @@
+"""Flax NNX: find the linear layers of a model, and record their inputs.
+
+The layers of a model are found once, by tracing it abstractly (:func:`find_layers`); their inputs
+are recorded in each forward pass under :func:`record_inputs`, already reduced to moments, as
+``nnx.Intermediate`` variables, which ``nnx.capture`` collects. Both watch the calls of Flax's linear
+layers.
+"""
+
+from bnp_optax.nnx.find import find_layers
+from bnp_optax.nnx.recording import record_inputs
+
+__all__ = ["find_layers", "record_inputs"]
