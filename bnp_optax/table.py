@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from bnp_optax.layers import Layers
 
 _FOLD_FROM = 3  # so many rows that differ in the numbers of their path alone become one
-_PATH_WIDTH = 36  # leaves room for the other columns in 100
+_PATH_WIDTH = 40  # leaves room for the other columns in 100
 
 
 def table(layers: "Layers") -> str:

@@ -54,6 +54,19 @@ def test_digits_refuses_bad_options(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_transformer(tmp_path, capsys):
+    picture = tmp_path / "transformer.png"
+    arguments = ["--steps", "20", "--sgd-rates", "0.1", "--adam-rates", "0.01", "--output", str(picture)]
+    transformer = load("transformer")
+    num_characters, _ = transformer.make_data(steps=1, seed=0)
+    results = transformer.main(arguments)
+    assert list(results) == ["SGD", "BNP + SGD", "Adam", "BNP + Adam"]
+    for result in results.values():
+        assert 1 < result.test < np.log(num_characters)  # what a guess costs
+    assert picture.exists()
+    assert "nats per character" in capsys.readouterr().out
+
+
 def test_nnx_cnn(capsys):
     results = load("nnx_cnn").main(["--epochs", "1", "--batch-size", "16", "--rates", "0.3"])
     assert set(results) == {"SGD", "BNP"}
