@@ -187,9 +187,10 @@ def scale_by_bnp(
         gradients, treedef = _leaves_by_path(layers, updates)
         present = _present(layers, gradients)
         records = None if intermediates is KEEP_STATISTICS else _find_records(present, intermediates)
-        fields = [dict(zip(gradients, treedef.flatten_up_to(field), strict=True)) for field in state]
+        fields = [dict(zip(gradients, _leaves_like(treedef, field), strict=True)) for field in state]
         for layer in present:
             layer_state = ScaleByBNPState(*(field[layer.kernel.path] for field in fields))
+            _check_state(layer, layer_state)
             if records is not None:
                 layer_state = absorb_record(layer, layer_state, records[layer.path])
                 for field, value in zip(fields, layer_state, strict=True):
@@ -236,6 +237,28 @@ def _as_path(keys: tuple[Any, ...]) -> Path:
 
 def _is_masked(leaf: Any) -> bool:
     return isinstance(leaf, optax.MaskedNode)
+
+
+def _leaves_like(treedef: Any, tree: Any) -> list[Any]:
+    try:
+        leaves: list[Any] = treedef.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(
+            f"The state is not structured like the gradients: {error} If it comes from a checkpoint, restore one of "
+            "this model; if the model has changed, call init again."
+        ) from error
+    return leaves
+
+
+def _check_state(layer: Layer, state: ScaleByBNPState) -> None:
+    stack, *_ = layer.moments_shape
+    expected = ScaleByBNPState(layer.moments_shape, layer.moments_shape, *((stack,),) * 3)
+    for name, leaf, shape in zip(state._fields, state, expected, strict=True):
+        if jnp.shape(leaf) != shape:
+            raise ValueError(
+                f"The state's {name} of {layer.kernel.name} has shape {jnp.shape(leaf)}, but the layer needs {shape}. "
+                "If it comes from a checkpoint, restore one of this model; if the model has changed, call init again."
+            )
 
 
 def _present(layers: Layers, leaves: Mapping[Path, Any]) -> list[Layer]:

@@ -316,3 +316,21 @@ def test_layers_of_another_model_are_refused_by_init():
         bnp.scale_by_bnp(DENSE).init(PARAMS)
     with pytest.raises(ValueError, match=r"describes b, which the parameters do not hold"):
         bnp.scale_by_bnp(DENSE).init({"w": jnp.ones((3, 2))})
+
+
+def test_state_of_another_model_names_the_first_leaf_that_differs():
+    wider = bnp.Layers((bnp.Layer.dense(("w",), (4, 2), bias=("b",)),))
+    state = bnp.scale_by_bnp(wider).init({"w": jnp.ones((4, 2)), "b": jnp.ones(2)})
+    with pytest.raises(ValueError, match=r"state's mean of w has shape \(1, 1, 4\), but the layer needs \(1, 1, 3\)"):
+        bnp.scale_by_bnp(DENSE).update(DENSE_PARAMS, state, intermediates=dense_record(np.ones((2, 3))))
+    without_b = state._replace(mean={"w": state.mean["w"]})
+    with pytest.raises(ValueError, match=r"not structured like the gradients: .*'b'.* restore one of this model"):
+        bnp.scale_by_bnp(DENSE).update(DENSE_PARAMS, without_b, intermediates=dense_record(np.ones((2, 3))))
+
+
+def test_layer_without_positions_keeps_its_state_and_counts_nothing():
+    tx = bnp.scale_by_bnp(DENSE)
+    _, before = tx.update(DENSE_PARAMS, tx.init(DENSE_PARAMS), intermediates=dense_record([[1.0, 2, 3], [2, 2, 0]]))
+    empty = jax.tree.map(jnp.zeros_like, dense_record(np.ones((2, 3))))
+    _, after = tx.update(DENSE_PARAMS, before, intermediates=empty)
+    chex.assert_trees_all_equal(after, before)

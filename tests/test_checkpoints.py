@@ -1,0 +1,94 @@
+"""Saving and restoring: Orbax in a new process and after a kill, flax.serialization, checkpoints that do not fit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import flax.linen as nn
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import bnp_optax as bnp
+
+# Orbax closes its event loop before the tasks of a refused restore have ended.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+TRAINING = Path(__file__).parent / "programs" / "resumable_training.py"
+
+
+def train(directory, *arguments, devices=1):
+    command = [sys.executable, str(TRAINING), str(directory), *map(str, arguments)]
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.run(  # noqa: S603
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_killed_training_goes_on_in_a_new_process_and_ends_bit_identical(tmp_path, devices):
+    """On as many devices as before, or on more."""
+    whole = train(tmp_path / "whole", 30)
+    assert whole.returncode == 0, whole.stderr
+    killed = train(tmp_path / "killed", 30, 17)
+    assert killed.returncode == 9
+    resumed = train(tmp_path / "killed", 30, devices=devices)
+    assert resumed.returncode == 0, resumed.stderr
+    num_devices, start, digest = resumed.stdout.split()
+    assert (int(num_devices), int(start)) == (devices, 10)
+    assert digest == whole.stdout.split()[2]
+
+
+def trained(features=5):
+    """Parameters, optimizer and its state after a step."""
+    model, x = nn.Sequential([nn.Dense(features), nn.relu, nn.Dense(2)]), jnp.ones((4, 3))
+    params = model.init(jax.random.key(0), x)["params"]
+    tx = bnp.bnp_sgd(0.1, bnp.linen.find_layers(model, x), momentum=0.9)
+    with bnp.linen.record_inputs():
+        _, recorded = model.apply({"params": params}, x, mutable=["intermediates"])
+    _, state = tx.update(params, tx.init(params), params, intermediates=recorded["intermediates"])
+    return params, tx, state, recorded["intermediates"]
+
+
+def test_flax_serialization_round_trip():
+    params, tx, state, _ = trained()
+    restored = flax.serialization.from_bytes(tx.init(params), flax.serialization.to_bytes(state))
+    chex.assert_trees_all_equal(restored, state)
+    chex.assert_trees_all_equal_dtypes(restored, state)
+
+
+def test_orbax_round_trip_without_a_template(tmp_path):
+    """What is restored as plain dictionaries holds every field of the state."""
+    _, _, state, _ = trained()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        plain = checkpointer.restore(tmp_path / "state")
+    np.testing.assert_array_equal(plain[0]["mean"]["layers_0"]["kernel"], state[0].mean["layers_0"]["kernel"])
+
+
+def test_a_checkpoint_of_another_model_is_refused_naming_the_leaf(tmp_path):
+    params, tx, state, records = trained()
+    _, _, other, _ = trained(features=7)
+    # flax.serialization does not look at shapes: the transformation does
+    mixed = flax.serialization.from_bytes(tx.init(params), flax.serialization.to_bytes(other))
+    with pytest.raises(ValueError, match=r"state's mean of layers_2/kernel has shape \(1, 1, 7\), .* \(1, 1, 5\)"):
+        tx.update(params, mixed, params, intermediates=records)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "other", other)
+        checkpointer.wait_until_finished()
+        with pytest.raises(ValueError, match="is not compatible with the stored shape"):
+            checkpointer.restore(tmp_path / "other", state)
+
+
+def test_a_checkpoint_of_another_version_is_refused_naming_the_field():
+    params, tx, state, _ = trained()
+    older = flax.serialization.to_state_dict(state)
+    del older["0"]["skipped"]
+    with pytest.raises(ValueError, match="skipped"):
+        flax.serialization.from_state_dict(tx.init(params), older)
