@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bnp_optax.devices import with_auto_axes
+
 VarianceRule = Literal["mixture", "batch"]
 
 
@@ -88,31 +90,30 @@ def input_moments(
     x = jax.lax.stop_gradient(x).astype(statistics_dtype(x.dtype))
     kept = [axis % x.ndim for axis in (*stack_axes, *input_axes)]
     reduced = tuple(axis for axis in range(x.ndim) if axis not in kept)
-    # Two reductions that neither wait for each other nor share an array but x. So XLA runs them beside the layer, in
-    # one pass where it can; a deviation from the mean would keep x alive for longer, or be an array of its size.
-    mean = x.mean(reduced, keepdims=True)
-    shift = _first_vector(x, reduced)
-    variance = jnp.maximum(jnp.square(x - shift).mean(reduced, keepdims=True) - jnp.square(mean - shift), 0)
     stack = math.prod(x.shape[axis] for axis in stack_axes)
 
-    def canonical(moment: jax.Array) -> jax.Array:
-        return moment.transpose(*reduced, *kept).reshape(stack, groups, -1)
+    def mean_and_variance(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Two reductions that neither wait for each other nor share an array but x. So XLA runs them beside the layer,
+        # in one pass where it can; a deviation from the mean would keep x alive for longer, or be an array of its size.
+        # Nothing of a batch that is split over devices is gathered but this vector; no axis of size 1 is kept, over
+        # which XLA would split the moments.
+        mean = x.mean(reduced)
+        first = jax.lax.slice(x, [0] * x.ndim, [1 if axis in reduced else size for axis, size in enumerate(x.shape)])
+        variance = jnp.square(x - first).mean(reduced) - jnp.square(mean - first.squeeze(reduced))
+        return canonical(mean), canonical(jnp.maximum(variance, 0))
 
+    def canonical(moment: jax.Array) -> jax.Array:
+        return moment.transpose([sorted(kept).index(axis) for axis in kept]).reshape(stack, groups, -1)
+
+    mean, variance = with_auto_axes(mean_and_variance, x)
     examples = x.shape[reduced[0]] if len(reduced) > num_spatial else 1
     positions = math.prod(x.shape[axis] for axis in reduced)
     return InputMoments(
-        mean=canonical(mean),
-        variance=canonical(variance),
+        mean=mean,
+        variance=variance,
         examples=jnp.full((stack,), float(examples), x.dtype),
         positions=jnp.full((stack,), float(positions), x.dtype),
     )
-
-
-def _first_vector(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
-    """Returns the first position of the first example, with the reduced axes kept."""
-    if any(jax.typeof(x).sharding.spec[axis] is not None for axis in reduced):
-        return x.mean(reduced, keepdims=True)  # an explicitly sharded axis cannot be sliced
-    return jax.lax.slice(x, [0] * x.ndim, [1 if axis in reduced else size for axis, size in enumerate(x.shape)])
 
 
 def pool(moments: InputMoments, example_axes: Sequence[int] = (), repeat_axes: Sequence[int] = ()) -> InputMoments:

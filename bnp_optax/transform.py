@@ -1,6 +1,7 @@
 """Batch Normalization Preconditioning as an Optax gradient transformation."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple, get_args
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bnp_optax.devices import with_auto_axes
 from bnp_optax.layers import Layer, Layers, Parameter, Path
 from bnp_optax.moments import InputMoments, VarianceRule, absorb, pool, running_decay, statistics_dtype
 from bnp_optax.precondition import Scaling, batch_scale, precondition
@@ -137,7 +139,9 @@ def scale_by_bnp(
             skipped=tree(lambda shape, _: jnp.zeros(shape[:1], jnp.int32)),
         )
 
-    def absorb_record(layer: Layer, state: ScaleByBNPState, record: InputMoments) -> ScaleByBNPState:
+    def absorb_record(
+        layer: Layer, state: ScaleByBNPState, record: InputMoments, decay: Any, prior_examples: Any
+    ) -> ScaleByBNPState:
         batch = jax.tree.map(lambda x: x.astype(state.mean.dtype), record)
         step_decay = running_decay(state.seen, batch.examples, decay, prior_examples)
         new_mean, new_variance = absorb(state.mean, state.variance, batch, step_decay, variance)
@@ -154,7 +158,7 @@ def scale_by_bnp(
         )
 
     def precondition_layer(
-        layer: Layer, state: ScaleByBNPState, gradients: Mapping[Path, Any]
+        layer: Layer, state: ScaleByBNPState, gradients: Mapping[Path, Any], eps_relative: Any, eps: Any
     ) -> dict[Path, jax.Array]:
         dtype = state.mean.dtype
 
@@ -175,6 +179,18 @@ def scale_by_bnp(
             new[layer.bias] = bias
         return {p.path: p.from_canonical(value).astype(gradients[p.path].dtype) for p, value in new.items()}
 
+    def update_layer(
+        layer: Layer,
+        state: ScaleByBNPState,
+        gradients: Mapping[Path, Any],
+        record: InputMoments | None,
+        options: tuple[Any, ...],
+    ) -> tuple[ScaleByBNPState, dict[Path, jax.Array]]:
+        decay, eps_relative, eps, prior_examples = options  # arrays, if they are injected hyperparameters
+        if record is not None:
+            state = absorb_record(layer, state, record, decay, prior_examples)
+        return state, precondition_layer(layer, state, gradients, eps_relative, eps)
+
     def update_fn(
         updates: optax.Updates,
         state: ScaleByBNPState,
@@ -191,11 +207,18 @@ def scale_by_bnp(
         for layer in present:
             layer_state = ScaleByBNPState(*(field[layer.kernel.path] for field in fields))
             _check_state(layer, layer_state)
-            if records is not None:
-                layer_state = absorb_record(layer, layer_state, records[layer.path])
-                for field, value in zip(fields, layer_state, strict=True):
-                    field[layer.kernel.path] = value
-            gradients |= precondition_layer(layer, layer_state, gradients)
+            own = {parameter.path: gradients[parameter.path] for parameter in layer.parameters}
+            layer_state, own = with_auto_axes(
+                functools.partial(update_layer, layer),
+                layer_state,
+                own,
+                None if records is None else records[layer.path],
+                (decay, eps_relative, eps, prior_examples),
+                like=(layer_state, own),
+            )
+            for field, value in zip(fields, layer_state, strict=True):
+                field[layer.kernel.path] = value
+            gradients |= own
         new_state = ScaleByBNPState(*(treedef.unflatten(field.values()) for field in fields))
         return treedef.unflatten(gradients.values()), new_state
 

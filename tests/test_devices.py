@@ -1,0 +1,172 @@
+"""Many devices, one program: every scheme of distribution computes what one device computes, in float64 to rounding.
+
+The devices are eight virtual ones of the CPU, which a process must ask for before JAX starts: so these run beside.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import bnp_optax as bnp
+
+TESTS = Path(__file__).parent
+EXAMPLE = TESTS.parent / "examples" / "distributed.py"
+
+
+def start(*command, devices):
+    """Starts a Python program on so many virtual devices."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    return subprocess.Popen(  # noqa: S603
+        [sys.executable, *map(str, command)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(*processes, timeout):
+    """Returns what the programs printed; none is left running."""
+    try:
+        outputs = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors[-4000:]
+    return [printed for printed, _ in outputs]
+
+
+@pytest.fixture(scope="module")
+def report():
+    (printed,) = finish(start(TESTS / "programs" / "distribution_schemes.py", devices=8), timeout=300)
+    return json.loads(printed)
+
+
+def measured(report, scheme):
+    result = report[scheme]
+    assert not isinstance(result["error"], str), result["error"]
+    assert result["error"] < 1e-12
+    return result
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "jit_uneven_batch",
+        "shard_map_whole_step",
+        "shard_map_stacked_records",
+        "shard_map_over_one_of_two_explicit_axes",
+        "explicit_vmap_over_examples",
+        "explicit_without_a_mesh_in_context",
+    ],
+)
+def test_twenty_steps_equal_those_of_one_device(report, scheme):
+    measured(report, scheme)
+
+
+def test_data_parallel_jit_adds_one_reduction_a_layer_and_gathers_nothing(report):
+    """Five layers, of which one is called twice, and the one reduction of the gradients."""
+    result = measured(report, "jit_data_parallel")
+    assert result["all-gather"] == result["collective-permute"] == 0
+    assert result["all-reduce"] <= 7
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shard_of_moments"), [("fully_sharded_outputs", 64), ("fully_sharded_inputs_and_moments", 8)]
+)
+def test_fully_sharded_state_keeps_the_sharding_it_was_given(report, scheme, shard_of_moments):
+    result = measured(report, scheme)
+    assert result["stable"]
+    assert result["traces"] == result["compilations"] == 1
+    assert result["shard of moments"] == shard_of_moments
+    assert result["shard of momentum"] == 64 * 8 / 8
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "explicit_data_parallel",
+        "explicit_fully_sharded_outputs",
+        "explicit_fully_sharded_inputs_with_injected_hyperparameters",
+    ],
+)
+def test_explicit_mesh_keeps_types_compiles_once_and_scans(report, scheme):
+    result = measured(report, scheme)
+    assert result["stable"]
+    assert result["traces"] == result["compilations"] == 1
+
+
+def test_explicitly_sharded_kernels_of_all_kinds(report):
+    result = measured(report, "explicit_kinds_of_kernels")
+    assert result["stable"]
+    assert result["layers"] == 4
+
+
+def test_a_forgotten_axis_name_is_refused():
+    """Even on one device JAX sees that the state would differ between devices."""
+    layers = bnp.Layers((bnp.Layer.dense(("w",), (2, 1)),))
+    params, x, mesh = {"w": jnp.ones((2, 1))}, jnp.ones((4, 2)), jax.make_mesh((1,), ("data",))
+    tx = bnp.scale_by_bnp(layers)
+
+    def update(state, x):
+        return tx.update(params, state, intermediates={"w_input": bnp.input_moments(x)})[1]
+
+    step = jax.shard_map(update, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    with pytest.raises(ValueError, match="shard_map"):
+        step(tx.init(params), x)
+
+
+def run_example(tmp_path, name, clusters, devices):
+    """Returns what the first process prints, and the parameters that it saves."""
+    output, short = tmp_path / f"{name}.npz", ("--epochs", 2, "--batch-size", 128)
+    processes = [start(EXAMPLE, *short, "--output", output, *cluster, devices=devices) for cluster in clusters]
+    first, *others = finish(*processes, timeout=120)
+    assert not any("accuracy" in printed for printed in others)
+    return first, dict(np.load(output))
+
+
+def test_two_processes_equal_one(tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{listener.getsockname()[1]}"
+    clusters = [("--coordinator", coordinator, "--num-processes", 2, "--process-id", k) for k in range(2)]
+    two, params = run_example(tmp_path, "two", clusters, devices=2)
+    one, expected = run_example(tmp_path, "one", [()], devices=1)
+    assert "processes: 2, devices: 4" in two
+    assert "processes: 1, devices: 1" in one
+    accuracies = one.split("(%):")[1].split("Parameters")[0]
+    assert accuracies in two
+    assert float(accuracies.split()[-1]) > 70  # a guess is right in 10 %
+    assert params.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(params[name], value, rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--coordinator", "127.0.0.1:1"], "go together"),
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--batch-size", "2000"], "--batch-size must be a multiple of the 1 devices, at most 1024"),
+    ],
+)
+def test_example_refuses_bad_options(arguments, message, capsys):
+    from test_examples import load
+
+    with pytest.raises(SystemExit):
+        load("distributed").main(arguments)
+    assert message in capsys.readouterr().err
