@@ -37,6 +37,28 @@ def test_canonical_is_an_einsum_of_the_roles(axes, where, inputs):
     np.testing.assert_array_equal(parameter.from_canonical(canonical), array)
 
 
+@given(st.integers(1, 3), sizes, sizes, sizes, st.lists(st.tuples(st.integers(0, 9), sizes), min_size=1, max_size=3))
+def test_lifted_parameter_stacks_its_slices_outermost_transform_first(window, inputs, groups, outputs, lifts):
+    """A grouped convolution's kernel; each lift adds an axis somewhere, and the last one is the outermost."""
+    inner = bnp.Parameter(
+        ("kernel",), (window, inputs, groups * outputs), (window, inputs, groups, outputs), roles="wigo"
+    )
+    lifted, axes = inner, []
+    for position, size in lifts:
+        axes.append(position % (len(lifted.shape) + 1))
+        lifted = lifted.lift(axes[-1], size)
+    stack = tuple(size for _, size in reversed(lifts))
+    assert lifted.stack_shape == (*stack, 1)
+    array = np.arange(lifted.size).reshape(lifted.shape)
+    canonical = np.reshape(lifted.to_canonical(array), (*stack, groups, window, inputs, outputs))
+    for entry in np.ndindex(stack):
+        part = array
+        for axis, k in zip(reversed(axes), entry, strict=True):
+            part = np.take(part, k, axis)
+        np.testing.assert_array_equal(canonical[entry], inner.to_canonical(part)[0])
+    np.testing.assert_array_equal(lifted.from_canonical(lifted.to_canonical(array)), array)
+
+
 def test_grouped_output_axis_is_group_major():
     parameter = bnp.Parameter(("bias",), (6,), (2, 3), "go")
     np.testing.assert_array_equal(parameter.to_canonical(np.arange(6)), [[[0, 1, 2], [3, 4, 5]]])
