@@ -284,6 +284,42 @@ def test_layer_shared_inside_and_outside_a_transform_pools_all_its_calls():
     assert_same(model_update(Shared(), params, x), model_update(Written(), params, x))
 
 
+@pytest.mark.parametrize("outside_first", [True, False])
+def test_layer_called_inside_and_outside_of_a_transform_is_refused_by_name(outside_first):
+    class Mixed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            dense = nn.Dense(4, param_dtype=float, name="dense")
+            x = dense(x) if outside_first else x
+            steps = nn.scan(
+                lambda dense, carry, _: (nn.tanh(dense(carry)), None),
+                variable_broadcast="params",
+                variable_axes={"intermediates": 0},
+                split_rngs=SHARED,
+            )
+            x, _ = steps(dense, x, jnp.arange(3))
+            return x if outside_first else dense(x)
+
+    def find_and_record(x):
+        bnp.linen.find_layers(Mixed(), x)
+        params = Mixed().init(jax.random.key(0), x)["params"]
+        with bnp.linen.record_inputs():
+            return Mixed().apply({"params": params}, x, mutable=["intermediates"])
+
+    with pytest.raises(ValueError, match=r"dense.* called both inside and outside of a transform that adds an axis"):
+        jax.eval_shape(find_and_record, normal(0, 6, 4))
+
+
+def test_errors_of_the_model_itself_come_through():
+    class Broken(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2, param_dtype=float)(x) @ jnp.ones((5, 5))
+
+    with pytest.raises(TypeError, match="dot_general"):
+        bnp.linen.find_layers(Broken(), normal(0, 3, 4))
+
+
 def test_accumulation_over_micro_batches_of_a_scanned_model():
     x = normal(0, 8, 4)
     model = Scanned(3)

@@ -41,6 +41,10 @@ def find_layers(
     Returns:
       The layers; ``print`` them for a table, which also says what is left alone and why.
 
+    Raises:
+      ValueError: if recording would make the model fail, as where a layer is called both inside and
+        outside of a transform that adds an axis.
+
     Example:
       >>> import flax.linen as nn
       >>> import jax.numpy as jnp
@@ -58,8 +62,16 @@ def find_layers(
       With scaling="examples" a layer's step is divided by q2 = max(fan-in / examples, 1).
     """
     finder = _Finder()
-    with observe(finder):
-        variables = _abstract_init(model, rngs, method, args, kwargs)
+    try:
+        with observe(finder):
+            variables = _abstract_init(model, rngs, method, args, kwargs)
+    except Exception as error:
+        _abstract_init(model, rngs, method, args, kwargs)  # raises what is not due to the search
+        raise ValueError(
+            f"The inputs of this model cannot be recorded: {error} Is one of {', '.join(map('/'.join, finder.calls))} "
+            "called both inside and outside of a transform that adds an axis (nn.scan, nn.vmap)? Its records would "
+            "have different shapes."
+        ) from error
 
     layers, reasons = [], finder.reasons
     for call in finder.calls.values():
