@@ -16,9 +16,6 @@ import pytest
 
 import bnp_optax as bnp
 
-# Orbax closes its event loop before the tasks of a refused restore have ended.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 TRAINING = Path(__file__).parent / "programs" / "resumable_training.py"
 
 
