@@ -15,6 +15,7 @@ import optax
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from oracles import same_padding
 
 import bnp_optax as bnp
 
@@ -123,11 +124,6 @@ class Net(nn.Module):
 def stack_axis(spec, use_bias):
     """The parameters' axis of a scan; the bias has no axis 2 to put it before."""
     return min(spec["axis"], 1) if use_bias else spec["axis"]
-
-
-def same_padding(length, window, stride):
-    total = max((-(-length // stride) - 1) * stride + window - length, 0)
-    return total // 2, total - total // 2
 
 
 def reference_forward(network, params, x):
