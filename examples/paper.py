@@ -1,0 +1,122 @@
+"""Runs the paper's experiments on MNIST and CIFAR-10, and continues where an earlier call stopped.
+
+Every experiment goes in two stages, for every method and batch size alike. First one run at each learning rate of one
+grid, by which the validation images choose a rate. Then runs with other seeds at that rate, which alone read the test
+images. ``figures.py`` draws what comes out.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import rich
+
+import runs
+import train
+from runs import Result, Run
+
+RATES = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
+TUNING_SEED = 0
+SEEDS = [1, 2, 3]
+EXAMPLES = 51_200  # about an epoch; a multiple of all batch sizes but one
+EXPERIMENTS = ("defaults", "e1", "e2")
+
+
+def grid(experiment: str, quick: bool) -> list[Run]:
+    """Returns what an experiment compares, with the learning rate and the seed left at zero.
+
+    Args:
+      experiment: "e1", fully connected networks, or "e2", convolutional ones.
+      quick: on the digits that need no download.
+    """
+    if experiment == "e1":
+        data = ["digits"] if quick else ["mnist", "cifar-10"]
+        model, methods, batch_sizes = "mlp", ["sgd", "bn", "bnp"], [60, 6, 1]
+    else:
+        data = ["digits"] if quick else ["cifar-10"]
+        model, methods, batch_sizes = "cnn", list(runs.METHODS), [128, 32, 4, 1]
+    combinations = itertools.product(data, batch_sizes, methods)
+    return [Run(name, model, method, batch_size, 0.0, 0, 0) for name, batch_size, method in combinations]
+
+
+def variants(quick: bool) -> list[Run]:
+    """Returns BNP with one option at a time changed from its default, and Group Normalization with its group size."""
+    changes: list[dict[str, Any]] = [
+        {},
+        *({"prior_examples": prior} for prior in (None, 16.0, 1024.0)),
+        *({"decay": decay} for decay in (0.9, 0.999)),
+        *({"scaling": scaling} for scaling in ("positions", "bound", "none")),
+        *({"covers": covers} for covers in ("hidden", "convolutions")),
+        *({"momentum": 0.9, "bnp_last": last} for last in (False, True)),
+    ]
+    data = "digits" if quick else "cifar-10"
+    bnp = [Run(data, "cnn", "bnp", size, 0.0, 0, 0, **change) for size in (128, 4) for change in changes]
+    gn = [Run(data, "cnn", "gn", size, 0.0, 0, 0, group_size=group) for size in (128, 4) for group in (4, 8, 16)]
+    return bnp + gn
+
+
+def with_rates(cells: Sequence[Run], rates: Sequence[float], examples: int) -> list[Run]:
+    """Returns the tuning runs: every cell at every learning rate."""
+    return [
+        dataclasses.replace(cell, rate=rate, seed=TUNING_SEED, examples=examples) for cell in cells for rate in rates
+    ]
+
+
+def with_best_rate(tuning: Sequence[Result], seeds: Sequence[int]) -> list[Run]:
+    """Returns the runs that read the test images: every cell at the rate that is best in validation."""
+    by_cell: dict[Run, list[Result]] = {}
+    for result in tuning:
+        by_cell.setdefault(dataclasses.replace(result.run, rate=0.0), []).append(result)
+    return [
+        dataclasses.replace(cell, rate=runs.best_rate(results), seed=seed, reads_test=True)
+        for cell, results in by_cell.items()
+        for seed in seeds
+    ]
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Runs the paper's experiments; a run that has its row in the CSV file is not repeated.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    option = parser.add_argument
+    option("experiments", nargs="*", default=list(EXPERIMENTS), metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
+    option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets' files")
+    option("--results", type=Path, default=Path("results"), metavar="DIR", help="folder of the CSV files")
+    option("--rates", nargs="+", type=float, default=RATES, metavar="RATE", help="grid of learning rates")
+    option("--seeds", nargs="+", type=int, default=SEEDS, metavar="SEED", help="of the runs that read the test images")
+    option("--examples", type=int, default=EXAMPLES, metavar="N", help="how many examples a run sees")
+    option("--quick", action="store_true", help="a short form on scikit-learn's digits, which needs no download")
+    cpu = jax.default_backend() == "cpu"
+    option("--workers", type=int, default=os.cpu_count() if cpu else 1, metavar="N", help="processes")
+    args = parser.parse_args(argv)
+    if unknown := set(args.experiments) - set(EXPERIMENTS):
+        parser.error(f"no experiment {', '.join(sorted(unknown))}; there are {', '.join(EXPERIMENTS)}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the experiments and prints what came out."""
+    args = parse_args(argv)
+    for experiment in args.experiments:
+        output = args.results / f"{experiment}.csv"
+
+        def sweep(todo: list[Run], output: Path = output) -> list[Result]:
+            return train.sweep(todo, output, args.data_dir, args.workers)
+
+        if experiment == "defaults":
+            # The start and the options matter most in the first part of a training.
+            results = sweep(with_rates(variants(args.quick), args.rates[1:], args.examples // 4))
+        else:
+            tuning = sweep(with_rates(grid(experiment, args.quick), args.rates, args.examples))
+            results = sweep(with_best_rate(tuning, args.seeds))
+        rich.print(train.make_table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Training runs as rows of a CSV file: what was run, and what came out."""
+
+import csv
+import dataclasses
+import json
+import math
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+METHODS = ("sgd", "bn", "gn", "bnp", "bnp+gn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything that determines a run.
+
+    Attributes:
+      data: the set of images.
+      model: "mlp", "cnn", "resnet18" or "resnet110".
+      method: how it is trained: "sgd", or with "bn" or "gn" layers, with "bnp", or with both ("bnp+gn").
+      batch_size: examples a step.
+      rate: the learning rate, or the highest of the schedule.
+      seed: of the initial weights and the order of the examples.
+      examples: how many examples are seen.
+      momentum: of the steps.
+      weight_decay: of all parameters, decoupled from the preconditioner.
+      schedule: "constant", or "steps": a tenth of the rate for 400 steps, then the rate, divided by 10 after half and
+        after three quarters of the run.
+      augment: whether images are shifted by up to 4 pixels and flipped.
+      group_size: channels of a group of Group Normalization.
+      init_scale: a factor on the initial kernels of the residual networks.
+      decay: of BNP's running statistics.
+      prior_examples: the weight of their start; ``None`` for constant decay.
+      scaling: BNP's rule of q2.
+      covers: the layers that BNP preconditions: "all", "hidden" (all but the last) or "convolutions".
+      bnp_last: precondition after momentum, not before.
+      reads_test: whether the test set is read at the end.
+    """
+
+    data: str
+    model: str
+    method: str
+    batch_size: int
+    rate: float
+    seed: int
+    examples: int
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    augment: bool = False
+    group_size: int = 4
+    init_scale: float = 1.0
+    decay: float = 0.99
+    prior_examples: float | None = 128.0
+    scaling: str = "examples"
+    covers: str = "all"
+    bnp_last: bool = False
+    reads_test: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came out of a run.
+
+    Attributes:
+      run: the run.
+      commit: of the code.
+      seconds: wall time, compilation included.
+      examples_seen: when it was evaluated; the list ends early if the training loss was no longer finite.
+      train_loss: mean over the batches since the last evaluation, in nats.
+      validation_loss: in nats.
+      validation_accuracy: in percent.
+      test_loss: at the end, in nats; nan where the test set was not read.
+      test_accuracy: at the end, in percent; nan where it was not read.
+    """
+
+    run: Run
+    commit: str
+    seconds: float
+    examples_seen: list[int]
+    train_loss: list[float]
+    validation_loss: list[float]
+    validation_accuracy: list[float]
+    test_loss: float
+    test_accuracy: float
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss stopped being finite."""
+        return not math.isfinite(self.train_loss[-1] + self.validation_loss[-1])
+
+
+RUN_FIELDS = dataclasses.fields(Run)
+RESULT_FIELDS = dataclasses.fields(Result)[1:]
+HEADER = [field.name for field in (*RUN_FIELDS, *RESULT_FIELDS)]
+
+
+def append(path: Path, result: Result) -> None:
+    """Adds a row to the file, which it begins with a header if there is none."""
+    is_new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if is_new:
+            writer.writerow(HEADER)
+        cells = [getattr(result.run, field.name) for field in RUN_FIELDS]
+        cells += [getattr(result, field.name) for field in RESULT_FIELDS]
+        writer.writerow([cell if isinstance(cell, str) else json.dumps(cell) for cell in cells])
+
+
+def read(path: Path) -> list[Result]:
+    """Reads the rows of a file; none if it does not exist.
+
+    A last line without its end, which a killed program may leave, is cut off the file.
+
+    Raises:
+      ValueError: if the file's header or a row is not what :func:`append` writes.
+    """
+    if not path.exists():
+        return []
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    header, *rows = list(csv.reader(whole.splitlines())) or [[]]
+    if whole and header != HEADER:
+        raise ValueError(f"{path}: its columns are {header}; expected {HEADER}. Move the file away to begin a new one.")
+    results = []
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(HEADER):
+            raise ValueError(f"{path}, line {number}: {len(row)} cells; expected {len(HEADER)}")
+        values: dict[str, Any] = {
+            field.name: cell if field.type is str else json.loads(cell)
+            for field, cell in zip((*RUN_FIELDS, *RESULT_FIELDS), row, strict=True)
+        }
+        run = Run(**{field.name: values.pop(field.name) for field in RUN_FIELDS})
+        results.append(Result(run, **values))
+    return results
+
+
+def best_rate(results: Iterable[Result]) -> float:
+    """Returns the learning rate with the highest validation accuracy at the end; of equal ones the lowest."""
+    return min(results, key=lambda result: (-final_accuracy(result), result.run.rate)).run.rate
+
+
+def final_accuracy(result: Result) -> float:
+    """Returns the validation accuracy at the end in percent, 0 for a run that diverged."""
+    return 0.0 if result.diverged else result.validation_accuracy[-1]
+
+
+def window(results: Iterable[Result], margin: float = 1.0) -> tuple[float, float]:
+    """Returns the lowest and highest learning rate within ``margin`` points of the best validation accuracy.
+
+    It is an interval of neighbours in the grid around the best rate.
+    """
+    ordered = sorted(results, key=lambda result: result.run.rate)
+    accuracies = np.array([final_accuracy(result) for result in ordered])
+    best = int(accuracies.argmax())
+    good = accuracies >= accuracies[best] - margin
+    low = best - int(np.argmin(np.append(good[best::-1], False))) + 1
+    high = best + int(np.argmin(np.append(good[best:], False))) - 1
+    return ordered[low].run.rate, ordered[high].run.rate
+
+
+def select(results: Sequence[Result], **values: Any) -> list[Result]:
+    """Returns the results of the runs whose attributes have these values."""
+    return [result for result in results if all(getattr(result.run, key) == value for key, value in values.items())]
+
+
+def commit() -> str:
+    """Returns the commit of the code that runs, with "+" if files that it tracks were changed."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+
+    try:
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

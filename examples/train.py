@@ -1,0 +1,361 @@
+r"""Trains image classifiers with SGD, Batch Normalization, Group Normalization, BNP, or BNP and Group Normalization.
+
+One run, or all combinations of several methods, batch sizes, learning rates and seeds::
+
+    python examples/train.py --data digits --model mlp --method bnp --batch-size 4 --lr 0.1 --examples 20000
+    python examples/train.py --data cifar-10 --data-dir ~/data --model cnn --method sgd bn bnp --batch-size 128 4 \
+        --lr 0.03 0.1 0.3 --seed 0 1 2 --output sweep.csv
+
+Every run becomes a row of the CSV file. A run that has its row already is not repeated, so that a sweep that was
+interrupted continues where it stopped.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich
+import rich.progress
+from rich import box
+from rich.table import Table
+
+import bnp_optax as bnp
+import images
+import models
+import runs
+from runs import Result, Run
+
+EVALUATION_BATCH = 500
+WARM_UP_STEPS = 400
+
+
+class State(NamedTuple):
+    """What a run carries from step to step."""
+
+    params: optax.Params
+    batch_stats: Any
+    opt_state: optax.OptState
+    loss_sum: jax.Array  # over the steps since the last evaluation
+
+
+def make_model(run: Run) -> nn.Module:
+    """Returns the network of a run."""
+    normalization: models.Normalization = "bn" if run.method == "bn" else "gn" if run.method.endswith("gn") else "none"
+    match run.model:
+        case "mlp":
+            return models.MLP(normalization, group_size=run.group_size)
+        case "cnn":
+            return models.CNN(normalization, group_size=run.group_size)
+    resnet = {"resnet18": models.resnet_18, "resnet110": models.resnet_110}[run.model]
+    scaled = nn.initializers.variance_scaling(2 * run.init_scale**2, "fan_in", "truncated_normal")
+    return resnet(normalization=normalization, group_size=run.group_size, kernel_init=scaled)
+
+
+def make_optimizer(
+    run: Run, rate: jax.Array | float, layers: bnp.Layers | None
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the optimizer of a run at a learning rate; ``layers`` are those that BNP covers."""
+    momentum = optax.trace(run.momentum) if run.momentum else optax.identity()
+    steps = [optax.add_decayed_weights(run.weight_decay), momentum]
+    if layers is not None:
+        scaling: Any = run.scaling
+        preconditioner = bnp.scale_by_bnp(layers, run.decay, scaling=scaling, prior_examples=run.prior_examples)
+        steps.insert(2 if run.bnp_last else 0, preconditioner)
+    num_steps = run.examples // run.batch_size
+
+    def schedule(step: jax.Array) -> jax.Array:
+        if run.schedule == "constant":
+            return jnp.asarray(rate)
+        factors = {WARM_UP_STEPS: 10.0, num_steps // 2: 0.1, 3 * num_steps // 4: 0.1}
+        return jnp.asarray(rate * optax.piecewise_constant_schedule(0.1, factors)(step))
+
+    return optax.chain(*steps, optax.scale_by_learning_rate(schedule))
+
+
+def covered_layers(run: Run, model: nn.Module, x: jax.Array) -> bnp.Layers:
+    """Returns the layers that BNP preconditions in a run."""
+    layers = bnp.linen.find_layers(model, x)
+    match run.covers:
+        case "all":
+            return layers
+        case "hidden":
+            last = list(layers)[-1]
+            return layers.select(lambda layer: layer.path != last)
+        case _:
+            return layers.select(lambda layer: layer.kind == "Conv")
+
+
+class Program(NamedTuple):
+    """The compiled functions of runs that differ in learning rate and seed alone."""
+
+    init: Callable[[jax.Array, jax.Array], State]  # learning rate, key
+    step: Callable[[jax.Array, State, np.ndarray, np.ndarray], State]  # learning rate, state, images, labels
+    evaluate: Callable[[State, np.ndarray, np.ndarray], tuple[jax.Array, jax.Array]]  # summed loss, number right
+
+
+@functools.lru_cache(maxsize=2)
+def make_program(run: Run, image_shape: tuple[int, ...], mean: float, deviation: float) -> Program:
+    """Compiles a run, whose learning rate and seed are ignored.
+
+    Args:
+      run: what is run.
+      image_shape: of one image.
+      mean: of all pixels of the training images.
+      deviation: their standard deviation.
+    """
+    model = make_model(run)
+    blank = jnp.zeros((1, *image_shape))
+    layers = covered_layers(run, model, blank) if run.method.startswith("bnp") else None
+    optimizer = functools.partial(make_optimizer, run, layers=layers)
+
+    def standardized(x: jax.Array) -> jax.Array:
+        return (x.astype(jnp.float32) - mean) / deviation
+
+    def init(rate: jax.Array, key: jax.Array) -> State:
+        variables = model.init(key, blank)
+        params = variables["params"]
+        return State(params, variables.get("batch_stats", {}), optimizer(rate).init(params), jnp.zeros(()))
+
+    def step(rate: jax.Array, state: State, x: jax.Array, y: jax.Array) -> State:
+        def loss_fn(params: optax.Params) -> tuple[jax.Array, Any]:
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            with bnp.linen.record_inputs() if layers else contextlib.nullcontext():
+                logits, updated = model.apply(
+                    variables, standardized(x), train=True, mutable=["batch_stats", "intermediates"]
+                )
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), updated
+
+        (loss, updated), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = optimizer(rate).update(
+            grads, state.opt_state, state.params, intermediates=updated.get("intermediates")
+        )
+        params = optax.apply_updates(state.params, updates)
+        return State(params, updated.get("batch_stats", {}), opt_state, state.loss_sum + loss)
+
+    def evaluate(state: State, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits: Any = model.apply({"params": state.params, "batch_stats": state.batch_stats}, standardized(x))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).sum(), (logits.argmax(-1) == y).sum()
+
+    return Program(jax.jit(init), jax.jit(step, donate_argnums=1), jax.jit(evaluate))
+
+
+class Examples:
+    """A split as a source of single examples, for the library that shuffles and batches them."""
+
+    def __init__(self, split: images.Split) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split.labels)
+
+    def __getitem__(self, index: Any) -> images.Split:
+        return images.Split(self.split.images[index], self.split.labels[index])
+
+
+def shift_and_flip(example: images.Split, rng: np.random.Generator) -> images.Split:
+    """Moves an image by up to 4 pixels either way, black coming in, and mirrors every second one."""
+    height, width, _ = example.images.shape
+    top, left = rng.integers(0, 9, size=2)
+    shifted = np.pad(example.images, ((4, 4), (4, 4), (0, 0)))[top : top + height, left : left + width]
+    return images.Split(shifted[:, ::-1] if rng.random() < 0.5 else shifted, example.labels)
+
+
+def batches(run: Run, split: images.Split) -> Iterator[images.Split]:
+    """Yields the batches of a run: every epoch in a new order, the last batch of one reaching into the next."""
+    dataset = grain.MapDataset.source(Examples(split)).seed(run.seed).shuffle().repeat()
+    if run.augment:
+        dataset = dataset.random_map(shift_and_flip)
+    dataset = dataset.batch(run.batch_size)
+    return (dataset[step] for step in range(run.examples // run.batch_size))
+
+
+load = functools.cache(images.load)
+
+
+def train(run: Run, data_dir: Path, evaluations: int = 4, advance: Callable[[int], None] = lambda _: None) -> Result:
+    """Runs one training.
+
+    Args:
+      run: what to run.
+      data_dir: the folder of the data sets.
+      evaluations: how many times, evenly spaced, the validation images are classified.
+      advance: called with the number of examples that were seen since its last call.
+
+    Returns:
+      The result; it ends early where the training loss is no longer finite.
+    """
+    start, commit, data = time.perf_counter(), runs.commit(), load(run.data, data_dir)
+    shape, mean, deviation = data.train.images.shape[1:], data.train.images.mean(), data.train.images.std()
+    same = dataclasses.replace(run, rate=0.0, seed=0, reads_test=False)
+    program = make_program(same, shape, float(mean), float(deviation))
+    rate, num_steps = jnp.asarray(run.rate, jnp.float32), run.examples // run.batch_size
+    state = program.init(rate, jax.random.key(run.seed))
+    stops = {round(num_steps * (number + 1) / evaluations) for number in range(evaluations)}
+    seen: list[int] = []
+    curves: tuple[list[float], list[float], list[float]] = ([], [], [])
+    last_stop = 0
+    for step, (x, y) in enumerate(batches(run, data.train), start=1):
+        state = program.step(rate, state, x, y)
+        if step in stops:
+            train_loss = float(state.loss_sum) / (step - last_stop)
+            for curve, value in zip(curves, (train_loss, *evaluate(program, state, data.validation)), strict=True):
+                curve.append(value)
+            seen.append(step * run.batch_size)
+            advance((step - last_stop) * run.batch_size)
+            if not math.isfinite(train_loss):
+                break
+            state, last_stop = state._replace(loss_sum=jnp.zeros(())), step
+    test = evaluate(program, state, data.test) if run.reads_test else (math.nan, math.nan)
+    return Result(run, commit, round(time.perf_counter() - start, 1), seen, *curves, *test)
+
+
+def evaluate(program: Program, state: State, split: images.Split) -> tuple[float, float]:
+    """Returns the mean loss in nats and the accuracy in percent."""
+    cuts = range(EVALUATION_BATCH, len(split.labels), EVALUATION_BATCH)
+    parts = zip(np.split(split.images, cuts), np.split(split.labels, cuts), strict=True)
+    sums = np.sum([program.evaluate(state, x, y) for x, y in parts], axis=0, dtype=float)
+    return float(sums[0]) / len(split.labels), 100 * float(sums[1]) / len(split.labels)
+
+
+def sweep(todo: Sequence[Run], output: Path, data_dir: Path, workers: int = 1) -> list[Result]:
+    """Runs what has no row in the CSV file yet, and adds its rows.
+
+    Args:
+      todo: the runs.
+      output: the CSV file.
+      data_dir: the folder of the data sets.
+      workers: processes that share the cores; a CPU does small steps faster on one core each.
+
+    Returns:
+      The results of ``todo``, in its order.
+    """
+    done = {result.run: result for result in runs.read(output)}
+    left = [run for run in todo if run not in done]
+    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.TimeElapsedColumn())
+    with rich.progress.Progress(*columns) as progress:
+        task = progress.add_task(output.stem, total=sum(run.examples for run in todo))
+        progress.advance(task, sum(run.examples for run in todo if run in done))
+
+        def add(result: Result, advance: int) -> None:
+            runs.append(output, result)
+            done[result.run] = result
+            progress.advance(task, advance)
+
+        if workers == 1:
+            for run in left:
+                add(train(run, data_dir, advance=functools.partial(progress.advance, task)), 0)
+        else:
+            with worker_pool(workers) as pool:
+                futures = [pool.submit(train, run, data_dir) for run in left]
+                try:
+                    for future in concurrent.futures.as_completed(futures):
+                        add(result := future.result(), result.run.examples)
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+    return [done[run] for run in todo]
+
+
+def worker_pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
+    """Returns a pool of processes, each with cores of its own where the system can do that."""
+    spawn = multiprocessing.get_context("spawn")
+    cores = spawn.Queue()
+    if hasattr(os, "sched_getaffinity"):
+        for part in np.array_split(sorted(os.sched_getaffinity(0)), workers):
+            cores.put(set(part.tolist()))
+    return concurrent.futures.ProcessPoolExecutor(workers, spawn, take_cores, (cores,))
+
+
+def take_cores(cores: Any) -> None:
+    """Binds a worker to its part of the cores, which JAX then takes for all there are."""
+    if hasattr(os, "sched_setaffinity") and (part := cores.get()):
+        os.sched_setaffinity(0, part)
+
+
+def make_table(results: Sequence[Result]) -> Table:
+    """Returns a table with a row a run."""
+    table = Table(box=box.SIMPLE_HEAD, caption="Accuracies in percent, at the end; nan: not read, or diverged.")
+    for header in ("data", "model", "method", "batch", "rate", "seed", "train loss", "validation", "test", "seconds"):
+        table.add_column(header, justify="left" if header in ("data", "model", "method") else "right")
+    for result in results:
+        run = result.run
+        validation = math.nan if result.diverged else result.validation_accuracy[-1]
+        row = (run.data, run.model, run.method, run.batch_size, f"{run.rate:g}", run.seed)
+        values = (result.train_loss[-1], validation, result.test_accuracy)
+        table.add_row(*map(str, row), *(f"{value:.2f}" for value in values), f"{result.seconds:.0f}")
+    return table
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Trains image classifiers; every run becomes a row of a CSV file, and is not repeated.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    option, default = parser.add_argument, {field.name: field.default for field in runs.RUN_FIELDS}
+    option("--data", default="digits", choices=images.SOURCES, help="set of images")
+    option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the sets' files")
+    option("--model", default="mlp", choices=("mlp", "cnn", "resnet18", "resnet110"), help="network")
+    option("--method", nargs="+", default=["bnp"], choices=runs.METHODS, help="how it is trained")
+    option("--batch-size", nargs="+", type=int, default=[32], metavar="N", help="examples a step")
+    option("--lr", nargs="+", type=float, default=[0.1], metavar="RATE", help="learning rates")
+    option("--seed", nargs="+", type=int, default=[0], metavar="SEED", help="of initial weights and batches")
+    option("--examples", type=int, default=50_000, metavar="N", help="how many examples a run sees")
+    option("--momentum", type=float, default=0.0)
+    option("--weight-decay", type=float, default=0.0)
+    option("--schedule", default="constant", choices=("constant", "steps"), help="steps: warm-up, two drops")
+    option("--augment", action="store_true", help="shift and mirror the training images")
+    option("--group-size", type=int, default=default["group_size"], metavar="N", help="channels a group (gn)")
+    option("--init-scale", type=float, default=1.0, help="factor on the residual networks' initial kernels")
+    option("--decay", type=float, default=default["decay"], help="of BNP's running statistics")
+    option("--prior-examples", type=float, default=default["prior_examples"], metavar="N", help="weight of their start")
+    option("--scaling", default=default["scaling"], choices=("examples", "positions", "bound", "none"))
+    option("--covers", default="all", choices=("all", "hidden", "convolutions"), help="BNP's layers")
+    option("--bnp-last", action="store_true", help="precondition after momentum, not before")
+    option("--test", action="store_true", help="classify the test images at the end")
+    option("--workers", type=int, default=1, metavar="N", help="processes that share the cores")
+    option("--output", type=Path, default=Path("runs.csv"), metavar="CSV", help="file that rows are added to")
+    args = parser.parse_args(argv)
+    if not all(1 <= size <= args.examples for size in args.batch_size):
+        parser.error("--batch-size must lie between 1 and --examples")
+    if not all(0 < rate < math.inf for rate in args.lr):
+        parser.error("--lr must be positive and finite")
+    if args.workers < 1:
+        parser.error("--workers must be at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> list[Result]:
+    """Trains all combinations, prints a table and returns the results."""
+    args = parse_args(argv)
+    shared = {name: getattr(args, name) for name in default_names() if hasattr(args, name)}
+    todo = [
+        Run(args.data, args.model, method, size, rate, seed, args.examples, reads_test=args.test, **shared)
+        for method, size, rate, seed in itertools.product(args.method, args.batch_size, args.lr, args.seed)
+    ]
+    results = sweep(todo, args.output, args.data_dir, args.workers)
+    rich.print(make_table(results))
+    return results
+
+
+def default_names() -> list[str]:
+    return [field.name for field in runs.RUN_FIELDS if field.default is not dataclasses.MISSING]
+
+
+if __name__ == "__main__":
+    main()
