@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import rich
 
+import conditioning
 import runs
 import train
 from runs import Result, Run
@@ -24,7 +25,7 @@ RATES = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
 TUNING_SEED = 0
 SEEDS = [1, 2, 3]
 EXAMPLES = 51_200  # about an epoch; a multiple of all batch sizes but one
-EXPERIMENTS = ("defaults", "e1", "e2")
+EXPERIMENTS = ("e1", "e2", "e4")
 
 
 def grid(experiment: str, quick: bool) -> list[Run]:
@@ -85,7 +86,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
-    option("experiments", nargs="*", default=list(EXPERIMENTS), metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
+    option("experiments", nargs="*", default=list(EXPERIMENTS), metavar="EXPERIMENT", help="e1, e2, e4 or defaults")
     option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets' files")
     option("--results", type=Path, default=Path("results"), metavar="DIR", help="folder of the CSV files")
     option("--rates", nargs="+", type=float, default=RATES, metavar="RATE", help="grid of learning rates")
@@ -95,8 +96,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     cpu = jax.default_backend() == "cpu"
     option("--workers", type=int, default=os.cpu_count() if cpu else 1, metavar="N", help="processes")
     args = parser.parse_args(argv)
-    if unknown := set(args.experiments) - set(EXPERIMENTS):
-        parser.error(f"no experiment {', '.join(sorted(unknown))}; there are {', '.join(EXPERIMENTS)}")
+    if unknown := set(args.experiments) - {*EXPERIMENTS, "defaults"}:
+        parser.error(f"no experiment {', '.join(sorted(unknown))}; there are {', '.join(EXPERIMENTS)} and defaults")
     return args
 
 
@@ -109,13 +110,16 @@ def main(argv: list[str] | None = None) -> None:
         def sweep(todo: list[Run], output: Path = output) -> list[Result]:
             return train.sweep(todo, output, args.data_dir, args.workers)
 
-        if experiment == "defaults":
-            # The start and the options matter most in the first part of a training.
-            results = sweep(with_rates(variants(args.quick), args.rates[1:], args.examples // 4))
-        else:
-            tuning = sweep(with_rates(grid(experiment, args.quick), args.rates, args.examples))
-            results = sweep(with_best_rate(tuning, args.seeds))
-        rich.print(train.make_table(results))
+        match experiment:
+            case "e4":
+                conditioning.measure_all(output, args.seeds, conditioning.STEPS[: 3 if args.quick else None])
+            case "defaults":
+                # The start and the options matter most in the first part of a training.
+                results = sweep(with_rates(variants(args.quick), args.rates[1:], args.examples // 4))
+                rich.print(train.make_table(results))
+            case _:
+                tuning = sweep(with_rates(grid(experiment, args.quick), args.rates, args.examples))
+                rich.print(train.make_table(sweep(with_best_rate(tuning, args.seeds))))
 
 
 if __name__ == "__main__":

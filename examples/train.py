@@ -58,6 +58,8 @@ def make_model(run: Run) -> nn.Module:
     """Returns the network of a run."""
     normalization: models.Normalization = "bn" if run.method == "bn" else "gn" if run.method.endswith("gn") else "none"
     match run.model:
+        case "small-mlp":
+            return models.MLP(normalization, widths=(20, 20), group_size=run.group_size)
         case "mlp":
             return models.MLP(normalization, group_size=run.group_size)
         case "cnn":
@@ -310,7 +312,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     option, default = parser.add_argument, {field.name: field.default for field in runs.RUN_FIELDS}
     option("--data", default="digits", choices=images.SOURCES, help="set of images")
     option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the sets' files")
-    option("--model", default="mlp", choices=("mlp", "cnn", "resnet18", "resnet110"), help="network")
+    option("--model", default="mlp", choices=("mlp", "small-mlp", "cnn", "resnet18", "resnet110"), help="network")
     option("--method", nargs="+", default=["bnp"], choices=runs.METHODS, help="how it is trained")
     option("--batch-size", nargs="+", type=int, default=[32], metavar="N", help="examples a step")
     option("--lr", nargs="+", type=float, default=[0.1], metavar="RATE", help="learning rates")

@@ -1,0 +1,241 @@
+"""What preconditioning does to a layer's Hessian: dense matrices for small layers, Lanczos for large ones.
+
+The paper's argument is that BNP takes gradient steps in variables ``z`` with ``w = P z``, in which the Hessian
+``H`` of the loss with respect to a layer's parameters ``w`` becomes ``P' H P``, better conditioned. These functions
+build the three and measure them.
+
+A layer's parameters are seen as one vector of n numbers: the kernel, flattened in the model's own shape, followed by
+the bias if there is one. Small eigenvalues need float64 (``jax.enable_x64(True)`` and parameters of that dtype).
+
+This module is not imported by ``bnp_optax`` and needs an extra: ``pip install 'bnp_optax[analysis]'``.
+
+References:
+  Lange, Helfrich, Ye, Batch Normalization Preconditioning for Neural Network Training, JMLR 23(72), 2022.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import optax
+
+from bnp_optax.layers import Layer, Path
+from bnp_optax.transform import ScaleByBNPState
+
+try:
+    from matfree import decomp, eig
+except ImportError as error:
+    raise ImportError("bnp_optax.analysis needs matfree: pip install 'bnp_optax[analysis]'") from error
+
+LossFn = Callable[[optax.Params], jax.Array]
+
+
+def preconditioner(layer: Layer, state: ScaleByBNPState, eps_relative: float = 1e-2, eps: float = 1e-4) -> jax.Array:
+    """Returns the matrix P of one layer, such that the gradient ``g`` of its parameters becomes ``P P' g``.
+
+    For every output unit, with ``s = var + eps1 max(var) + eps2`` and the scale q2 of the last recorded batch::
+
+        P = (1/q) [1 -mu'; 0 I] [1 0; 0 diag(1/sqrt(s))]        on [bias; weights]
+
+    and, without a bias, ``P = (1/q) diag(1/sqrt(s))`` with the second moment ``var + mu^2`` for ``var``.
+
+    Args:
+      layer: the layer.
+      state: the state of :func:`~bnp_optax.scale_by_bnp`, itself and not that of a chain around it.
+      eps_relative: eps1, as given to :func:`~bnp_optax.scale_by_bnp`.
+      eps: eps2, as given there.
+
+    Returns:
+      P, ``[n, n]`` for a layer of n parameters, in the dtype of the statistics.
+
+    Raises:
+      ValueError: if the state does not hold the layer.
+
+    Example:
+      >>> import bnp_optax as bnp
+      >>> layer = bnp.Layer.dense(("w",), (2, 1), bias=("b",))
+      >>> params = {"w": jnp.ones((2, 1)), "b": jnp.ones(1)}
+      >>> state = bnp.scale_by_bnp(bnp.Layers((layer,))).init(params)
+      >>> state = state._replace(mean={"w": jnp.array([[[3.0, 5.0]]]), "b": 0})
+      >>> preconditioner(layer, state, eps_relative=0.0, eps=0.0)
+      Array([[ 1.,  0.,  0.],
+             [ 0.,  1.,  0.],
+             [-3., -5.,  1.]], dtype=float32)
+    """
+    to_parameters = _change_of_variables(layer, state, eps_relative, eps)
+    matrix: jax.Array = jax.jacfwd(to_parameters)(_zeros(layer, _leaf(state.mean, layer.kernel.path).dtype))
+    return matrix
+
+
+def hessian(loss_fn: LossFn, params: optax.Params, layer: Layer, batch_size: int = 64) -> jax.Array:
+    """Returns the Hessian H of a loss with respect to the parameters of one layer.
+
+    Args:
+      loss_fn: a function of all parameters whose value is a scalar.
+      params: where the Hessian is taken.
+      layer: the layer; the other parameters are constants.
+      batch_size: how many of the n products of H with a unit vector are computed at once; fewer need less memory.
+
+    Returns:
+      H, ``[n, n]``, in the dtype of the parameters.
+
+    Raises:
+      ValueError: if the parameters do not hold the layer.
+
+    Example:
+      >>> import bnp_optax as bnp
+      >>> layer = bnp.Layer.dense(("w",), (2, 1))
+      >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> hessian(lambda p: jnp.square(x @ p["w"]).sum() / 2, {"w": jnp.ones((2, 1))}, layer)  # x' x
+      Array([[10., 14.],
+             [14., 20.]], dtype=float32)
+    """
+    product = _hessian_product(loss_fn, params, layer)
+    zeros = _zeros(layer, _leaf(params, layer.kernel.path).dtype)
+    matrix: jax.Array = jax.lax.map(product, jnp.eye(zeros.size, dtype=zeros.dtype), batch_size=batch_size)
+    return matrix
+
+
+def condition_number(matrix: jax.Array, tolerance: float | None = None) -> jax.Array:
+    """Returns the condition number of a symmetric matrix over its nonzero part.
+
+    It is the largest by the smallest of the nonzero eigenvalues' magnitudes. The Hessian of a layer is singular as a
+    rule: an input that is constantly zero, a unit that is never active, or fewer examples than parameters suffice.
+
+    Args:
+      matrix: symmetric, ``[n, n]``.
+      tolerance: an eigenvalue counts as nonzero if its magnitude exceeds ``tolerance`` times the largest one; by
+        default n times the dtype's machine epsilon, below which rounding decides (the rule of
+        ``numpy.linalg.matrix_rank``). The result never exceeds ``1 / tolerance``; where the spectrum falls off
+        without a gap it says little else than that, and the same ``tolerance`` must be used for what is compared.
+
+    Returns:
+      A scalar, at least 1; nan for a matrix of zeros.
+
+    Example:
+      >>> print(condition_number(jnp.diag(jnp.array([8.0, 2.0, 0.0]))))
+      4.0
+    """
+    magnitudes = jnp.abs(jnp.linalg.eigvalsh(matrix))
+    if tolerance is None:
+        tolerance = matrix.shape[-1] * float(jnp.finfo(matrix.dtype).eps)
+    largest = magnitudes.max()
+    smallest = jnp.where(magnitudes > tolerance * largest, magnitudes, jnp.inf).min()
+    return jnp.where(largest > 0, largest / smallest, jnp.nan)
+
+
+def top_eigenvalue(
+    loss_fn: LossFn,
+    params: optax.Params,
+    layer: Layer,
+    state: ScaleByBNPState | None = None,
+    eps_relative: float = 1e-2,
+    eps: float = 1e-4,
+    *,
+    products: int = 20,
+    seed: int = 0,
+) -> jax.Array:
+    """Returns the largest eigenvalue of H, or of P'HP, of a layer too large to build them.
+
+    It is found by the Lanczos iteration from a random vector, with full reorthogonalization: a lower bound that
+    converges fast where the largest eigenvalue stands apart. Gradient descent in ``z`` is stable for learning rates
+    below 2 divided by the largest eigenvalue of P'HP.
+
+    Args:
+      loss_fn: a function of all parameters whose value is a scalar.
+      params: where the Hessian is taken.
+      layer: the layer; the other parameters are constants.
+      state: the state of :func:`~bnp_optax.scale_by_bnp`, for P'HP; ``None`` for H.
+      eps_relative: eps1, as given to :func:`~bnp_optax.scale_by_bnp`.
+      eps: eps2, as given there.
+      products: how many products of the matrix with a vector are computed; memory grows with it times n.
+      seed: of the random vector.
+
+    Returns:
+      A scalar, in the dtype of the parameters.
+
+    Raises:
+      ValueError: if the parameters or the state do not hold the layer.
+
+    Example:
+      >>> import bnp_optax as bnp
+      >>> layer = bnp.Layer.dense(("w",), (3, 1))
+      >>> loss_fn = lambda p: (jnp.array([1.0, 2.0, 7.0]) @ jnp.square(p["w"])).sum() / 2
+      >>> print(top_eigenvalue(loss_fn, {"w": jnp.ones((3, 1))}, layer).round(4))
+      7.0
+    """
+    zeros = _zeros(layer, _leaf(params, layer.kernel.path).dtype)
+    product = _hessian_product(loss_fn, params, layer)
+    if state is not None:
+        to_parameters = _change_of_variables(layer, state, eps_relative, eps)
+        to_variables = jax.linear_transpose(to_parameters, zeros)
+        in_parameters = product
+
+        def product(z: jax.Array) -> jax.Array:
+            transformed: jax.Array = to_variables(in_parameters(to_parameters(z)))[0]
+            return transformed
+
+    start = jax.random.normal(jax.random.key(seed), zeros.shape, zeros.dtype)
+    eigh = eig.eigh_partial(decomp.tridiag_sym(min(products, zeros.size)))
+    values, _ = eigh(product, start / jnp.linalg.norm(start))
+    largest: jax.Array = values.max()
+    return largest
+
+
+def _change_of_variables(
+    layer: Layer, state: ScaleByBNPState, eps_relative: float, eps: float
+) -> Callable[[jax.Array], jax.Array]:
+    """Returns the linear function z -> P z on a layer's vectors."""
+    mean, variance, q2 = (_leaf(field, layer.kernel.path) for field in (state.mean, state.variance, state.scale))
+    moment = variance + jnp.square(mean) if layer.bias is None else variance
+    s = moment + eps_relative * moment.max(axis=-1, keepdims=True) + eps
+    q = jnp.sqrt(q2)[:, None, None]
+
+    def to_parameters(z: jax.Array) -> jax.Array:
+        parts = [
+            parameter.to_canonical(part.reshape(parameter.shape))
+            for parameter, part in zip(layer.parameters, jnp.split(z, [layer.kernel.size]), strict=False)
+        ]
+        parts[0] = parts[0] / (q * jnp.sqrt(s))[:, :, None, :, None]
+        if layer.bias is not None:
+            parts[1] = parts[1] / q - jnp.einsum("sgi,sgwio->sgo", mean, parts[0])
+        own = [parameter.from_canonical(part) for parameter, part in zip(layer.parameters, parts, strict=False)]
+        return jnp.concatenate([part.ravel() for part in own])
+
+    return to_parameters
+
+
+def _hessian_product(loss_fn: LossFn, params: optax.Params, layer: Layer) -> Callable[[jax.Array], jax.Array]:
+    """Returns the function v -> H v on a layer's vectors."""
+    values = {parameter.path: _leaf(params, parameter.path) for parameter in layer.parameters}
+    vector, unravel = jax.flatten_util.ravel_pytree(list(values.values()))
+
+    def loss_of_layer(vector: jax.Array) -> jax.Array:
+        own = dict(zip(values, unravel(vector), strict=True))
+        return loss_fn(jax.tree_util.tree_map_with_path(lambda keys, leaf: own.get(_path(keys), leaf), params))
+
+    def product(v: jax.Array) -> jax.Array:
+        _, derivative = jax.jvp(jax.grad(loss_of_layer), (vector,), (v,))
+        return jnp.asarray(derivative)
+
+    return product
+
+
+def _zeros(layer: Layer, dtype: Any) -> jax.Array:
+    return jnp.zeros(sum(parameter.size for parameter in layer.parameters), dtype)
+
+
+def _leaf(tree: Any, path: Path) -> Any:
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if _path(keys) == path:
+            return leaf
+    raise ValueError(
+        f"The tree holds no {'/'.join(path)}. Pass the parameters that find_layers described, and the state of "
+        "scale_by_bnp itself (in a chain, its place in the tuple of states)."
+    )
+
+
+def _path(keys: tuple[Any, ...]) -> Path:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)

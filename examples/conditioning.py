@@ -1,0 +1,151 @@
+"""Measures how well conditioned the Hessians of a small network's layers are along training.
+
+A fully connected network with two hidden layers of 20 units is trained on digits by SGD, with BatchNorm layers, and
+with BNP. At some steps the Hessian of the loss over all training images with respect to each layer's parameters is
+built in float64: H, for BNP also P'HP, and for BatchNorm the H of its own network, in which the moments of the batch
+are functions of the parameters.
+"""
+
+import csv
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.progress
+
+import bnp_optax as bnp
+import images
+import runs
+import train
+from bnp_optax import analysis
+from runs import Run
+
+BATCH_SIZE, RATE = 32, 0.1
+STEPS = [0, 10, 30, 100, 300, 1000]
+TOLERANCE = 1e-12  # relative to the largest eigenvalue: smaller ones count as zero
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditioning:
+    """The spectrum of one matrix, in numbers.
+
+    Attributes:
+      method: "sgd", "bn" or "bnp", how the network was trained.
+      matrix: "H" or "P'HP".
+      layer: its path.
+      seed: of initial weights and batches.
+      step: after how many steps of training.
+      size: number of rows of the matrix.
+      rank: number of its eigenvalues of magnitude above ``TOLERANCE`` times the largest.
+      largest: the largest magnitude of an eigenvalue.
+      condition_number: the largest by the smallest magnitude of the nonzero eigenvalues.
+      quartile_ratio: the largest magnitude by that at a quarter of the nonzero eigenvalues, in falling order; unlike
+        the condition number it does not hang on where the spectrum ends.
+      commit: of the code.
+    """
+
+    method: str
+    matrix: str
+    layer: str
+    seed: int
+    step: int
+    size: int
+    rank: int
+    largest: float
+    condition_number: float
+    quartile_ratio: float
+    commit: str
+
+
+def read(path: Path) -> list[Conditioning]:
+    """Reads the rows of a CSV file; none if it does not exist."""
+    if not path.exists():
+        return []
+    types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Conditioning)}
+    with path.open(newline="") as file:
+        return [Conditioning(**{k: types[k](v) for k, v in row.items()}) for row in csv.DictReader(file)]
+
+
+def measure_all(output: Path, seeds: Sequence[int], steps: Sequence[int]) -> list[Conditioning]:
+    """Trains and measures every method with every seed, and rewrites the CSV file unless it holds them all.
+
+    Args:
+      output: the CSV file.
+      seeds: of initial weights and batches.
+      steps: when to measure, in rising order.
+
+    Returns:
+      The rows of the file.
+    """
+    rows = read(output)
+    wanted = {(method, seed, step) for method in ("sgd", "bn", "bnp") for seed in seeds for step in steps}
+    if wanted <= {(row.method, row.seed, row.step) for row in rows}:
+        return rows
+    rows = []
+    with rich.progress.Progress() as progress:
+        task = progress.add_task(output.stem, total=len(wanted))
+        for seed in seeds:
+            for method in ("sgd", "bn", "bnp"):
+                run = Run("digits", "small-mlp", method, BATCH_SIZE, RATE, seed, BATCH_SIZE * steps[-1])
+                for measured in measure(run, steps):
+                    rows += measured
+                    progress.advance(task)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Conditioning)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(map(dataclasses.asdict, rows))
+    return rows
+
+
+def measure(run: Run, steps: Sequence[int]) -> Iterator[list[Conditioning]]:
+    """Trains once and yields, at each of the steps, the spectra of all layers."""
+    data = images.load(run.data, Path()).train
+    mean, deviation = float(data.images.mean()), float(data.images.std())
+    program, rate = train.make_program(run, data.images.shape[1:], mean, deviation), jnp.float32(run.rate)
+    state, stream, done = program.init(rate, jax.random.key(run.seed)), train.batches(run, data), 0
+    model, commit = train.make_model(run), runs.commit()
+    layers = bnp.linen.find_layers(model, data.images[:1].astype(np.float32))
+    standardized = (data.images.astype(np.float64) - mean) / deviation
+    for step in steps:
+        for _ in range(step - done):
+            state = program.step(rate, state, *next(stream))
+        done = step
+        measured = []
+        for layer in layers.values():
+            for name, matrix in layer_matrices(model, state, layer, standardized, data.labels).items():
+                magnitudes = np.sort(np.abs(np.linalg.eigvalsh(matrix)))[::-1]
+                rank = int((magnitudes > TOLERANCE * magnitudes[0]).sum())
+                with jax.enable_x64(True):
+                    condition_number = float(analysis.condition_number(jnp.asarray(matrix), TOLERANCE))
+                quartile_ratio = float(magnitudes[0] / magnitudes[rank // 4])
+                largest, size = float(magnitudes[0]), len(matrix)
+                numbers = (run.seed, step, size, rank, largest, condition_number, quartile_ratio)
+                measured.append(Conditioning(run.method, name, layer.path, *numbers, commit))
+        yield measured
+
+
+def layer_matrices(
+    model: nn.Module, state: train.State, layer: bnp.Layer, x: np.ndarray, y: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Returns H, and P'HP where BNP trains, of the mean loss over all examples with respect to one layer."""
+    with jax.enable_x64(True):
+        state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), state)
+
+        def loss_fn(params: optax.Params) -> jax.Array:
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            logits, _ = model.apply(variables, jnp.asarray(x), train=True, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(y)).mean()
+
+        hessian = analysis.hessian(loss_fn, state.params, layer)
+        matrices = {"H": np.asarray(hessian)}
+        if isinstance(state.opt_state[0], bnp.ScaleByBNPState):
+            preconditioner = analysis.preconditioner(layer, state.opt_state[0])
+            matrices["P'HP"] = np.asarray(preconditioner.T @ hessian @ preconditioner)
+    return matrices
