@@ -87,7 +87,8 @@ def input_moments(
     """
     if x.size == 0:
         raise ValueError(f"its input is empty (shape {x.shape}), which has no mean: give it at least one example")
-    x = jax.lax.stop_gradient(x).astype(statistics_dtype(x.dtype))
+    x = jax.lax.stop_gradient(jnp.asarray(x))
+    x = x.astype(statistics_dtype(x.dtype))
     kept = [axis % x.ndim for axis in (*stack_axes, *input_axes)]
     reduced = tuple(axis for axis in range(x.ndim) if axis not in kept)
     stack = math.prod(x.shape[axis] for axis in stack_axes)

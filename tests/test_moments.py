@@ -60,6 +60,14 @@ def test_low_precision_input_gives_float32_moments_of_the_values_given(dtype):
     assert_moments(record, x, rtol=1e-5)
 
 
+def test_numpy_input_of_a_dtype_that_jax_does_not_hold():
+    x = np.random.default_rng(0).normal(size=(4, 3))
+    with jax.enable_x64(False):  # any warning is an error
+        record = jax.jit(lambda: bnp.input_moments(x))()
+        assert record.mean.dtype == jnp.float32
+    assert_moments(record, x, rtol=1e-5)
+
+
 def test_float16_input_does_not_overflow():
     x = jnp.full((64, 2), 60000, jnp.float16)
     record = bnp.input_moments(x)
