@@ -1,8 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+DATA_DIR ?= data
+RESULTS ?= $(if $(QUICK),quick-results,results)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint paper figures clean
 
 demo: $(READY)  ## Train on handwritten digits with SGD, BatchNorm and BNP (ARGS=--help explains the options).
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -14,6 +16,13 @@ lint: $(READY)  ## Check style, format and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+paper: $(READY)  ## Run the paper's experiments on the files in DATA_DIR; QUICK=1: minutes, on data that needs none.
+	$(BIN)/python examples/paper.py --data-dir $(DATA_DIR) --results $(RESULTS) $(if $(QUICK),--quick) $(ARGS)
+	$(BIN)/python examples/figures.py --results $(RESULTS)
+
+figures: $(READY)  ## Draw the figures and write the tables of the READMEs from the CSV files.
+	$(BIN)/python examples/figures.py --pages README.md results/README.md
 
 clean:  ## Remove the environment.
 	rm -rf .venv

@@ -8,7 +8,7 @@ are functions of the parameters.
 
 import csv
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,39 +113,42 @@ def measure(run: Run, steps: Sequence[int]) -> Iterator[list[Conditioning]]:
     model, commit = train.make_model(run), runs.commit()
     layers = bnp.linen.find_layers(model, data.images[:1].astype(np.float32))
     standardized = (data.images.astype(np.float64) - mean) / deviation
+    matrices = {layer.path: layer_matrices(model, layer, standardized, data.labels) for layer in layers.values()}
     for step in steps:
         for _ in range(step - done):
             state = program.step(rate, state, *next(stream))
         done = step
         measured = []
-        for layer in layers.values():
-            for name, matrix in layer_matrices(model, state, layer, standardized, data.labels).items():
-                magnitudes = np.sort(np.abs(np.linalg.eigvalsh(matrix)))[::-1]
-                rank = int((magnitudes > TOLERANCE * magnitudes[0]).sum())
-                with jax.enable_x64(True):
-                    condition_number = float(analysis.condition_number(jnp.asarray(matrix), TOLERANCE))
-                quartile_ratio = float(magnitudes[0] / magnitudes[rank // 4])
-                largest, size = float(magnitudes[0]), len(matrix)
-                numbers = (run.seed, step, size, rank, largest, condition_number, quartile_ratio)
-                measured.append(Conditioning(run.method, name, layer.path, *numbers, commit))
+        for path, at in matrices.items():
+            with jax.enable_x64(True):
+                for name, matrix in at(state).items():
+                    magnitudes = jnp.sort(jnp.abs(jnp.linalg.eigvalsh(matrix)), descending=True)
+                    rank = int((magnitudes > TOLERANCE * magnitudes[0]).sum())
+                    condition_number = float(analysis.condition_number(matrix, TOLERANCE))
+                    quartile_ratio = float(magnitudes[0] / magnitudes[rank // 4])
+                    numbers = (len(matrix), rank, float(magnitudes[0]), condition_number, quartile_ratio)
+                    measured.append(Conditioning(run.method, name, path, run.seed, step, *numbers, commit))
         yield measured
 
 
 def layer_matrices(
-    model: nn.Module, state: train.State, layer: bnp.Layer, x: np.ndarray, y: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Returns H, and P'HP where BNP trains, of the mean loss over all examples with respect to one layer."""
-    with jax.enable_x64(True):
-        state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), state)
+    model: nn.Module, layer: bnp.Layer, x: np.ndarray, y: np.ndarray
+) -> Callable[[train.State], dict[str, jax.Array]]:
+    """Returns a function of a run's state: H, and P'HP where BNP trains, of the mean loss over all examples."""
+
+    @jax.jit
+    def at(state: train.State) -> dict[str, jax.Array]:
+        state = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), state)
 
         def loss_fn(params: optax.Params) -> jax.Array:
             variables = {"params": params, "batch_stats": state.batch_stats}
             logits, _ = model.apply(variables, jnp.asarray(x), train=True, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(y)).mean()
+            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(y)))
 
         hessian = analysis.hessian(loss_fn, state.params, layer)
-        matrices = {"H": np.asarray(hessian)}
-        if isinstance(state.opt_state[0], bnp.ScaleByBNPState):
-            preconditioner = analysis.preconditioner(layer, state.opt_state[0])
-            matrices["P'HP"] = np.asarray(preconditioner.T @ hessian @ preconditioner)
-    return matrices
+        if not isinstance(state.opt_state[0], bnp.ScaleByBNPState):
+            return {"H": hessian}
+        preconditioner = analysis.preconditioner(layer, state.opt_state[0])
+        return {"H": hessian, "P'HP": preconditioner.T @ hessian @ preconditioner}
+
+    return at

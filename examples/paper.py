@@ -21,10 +21,10 @@ import runs
 import train
 from runs import Result, Run
 
-RATES = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
+RATES, QUICK_RATES = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0], [0.03, 0.1, 0.3]
 TUNING_SEED = 0
-SEEDS = [1, 2, 3]
-EXAMPLES = 51_200  # about an epoch; a multiple of all batch sizes but one
+SEEDS, QUICK_SEEDS = [1, 2, 3], [1]
+EXAMPLES, QUICK_EXAMPLES = 51_200, 4_096  # the first is about an epoch of MNIST or CIFAR-10
 EXPERIMENTS = ("e1", "e2", "e4")
 
 
@@ -83,21 +83,23 @@ def with_best_rate(tuning: Sequence[Result], seeds: Sequence[int]) -> list[Run]:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Runs the paper's experiments; a run that has its row in the CSV file is not repeated.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
     option("experiments", nargs="*", default=list(EXPERIMENTS), metavar="EXPERIMENT", help="e1, e2, e4 or defaults")
-    option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets' files")
-    option("--results", type=Path, default=Path("results"), metavar="DIR", help="folder of the CSV files")
-    option("--rates", nargs="+", type=float, default=RATES, metavar="RATE", help="grid of learning rates")
-    option("--seeds", nargs="+", type=int, default=SEEDS, metavar="SEED", help="of the runs that read the test images")
-    option("--examples", type=int, default=EXAMPLES, metavar="N", help="how many examples a run sees")
+    option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets' files (data)")
+    option("--results", type=Path, default=Path("results"), metavar="DIR", help="folder of the CSV files (results)")
+    option("--rates", nargs="+", type=float, metavar="RATE", help=f"grid of learning rates ({RATES})")
+    option("--seeds", nargs="+", type=int, metavar="SEED", help=f"of the runs that read the test images ({SEEDS})")
+    option("--examples", type=int, metavar="N", help=f"how many examples a run sees ({EXAMPLES})")
     option("--quick", action="store_true", help="a short form on scikit-learn's digits, which needs no download")
     cpu = jax.default_backend() == "cpu"
-    option("--workers", type=int, default=os.cpu_count() if cpu else 1, metavar="N", help="processes")
+    option("--workers", type=int, default=os.cpu_count() if cpu else 1, metavar="N", help="processes (one a core)")
     args = parser.parse_args(argv)
     if unknown := set(args.experiments) - {*EXPERIMENTS, "defaults"}:
         parser.error(f"no experiment {', '.join(sorted(unknown))}; there are {', '.join(EXPERIMENTS)} and defaults")
+    args.rates = args.rates or (QUICK_RATES if args.quick else RATES)
+    args.seeds = args.seeds or (QUICK_SEEDS if args.quick else SEEDS)
+    args.examples = args.examples or (QUICK_EXAMPLES if args.quick else EXAMPLES)
     return args
 
 

@@ -28,8 +28,8 @@ class Run:
       examples: how many examples are seen.
       momentum: of the steps.
       weight_decay: of all parameters, decoupled from the preconditioner.
-      schedule: "constant", or "steps": a tenth of the rate for 400 steps, then the rate, divided by 10 after half and
-        after three quarters of the run.
+      schedule: "constant", or "steps": a tenth of the rate for 400 steps (at most a tenth of the run), then the rate,
+        divided by 10 after half and after three quarters of the run.
       augment: whether images are shifted by up to 4 pixels and flipped.
       group_size: channels of a group of Group Normalization.
       init_scale: a factor on the initial kernels of the residual networks.

@@ -84,7 +84,7 @@ def make_optimizer(
     def schedule(step: jax.Array) -> jax.Array:
         if run.schedule == "constant":
             return jnp.asarray(rate)
-        factors = {WARM_UP_STEPS: 10.0, num_steps // 2: 0.1, 3 * num_steps // 4: 0.1}
+        factors = {min(WARM_UP_STEPS, num_steps // 10): 10.0, num_steps // 2: 0.1, 3 * num_steps // 4: 0.1}
         return jnp.asarray(rate * optax.piecewise_constant_schedule(0.1, factors)(step))
 
     return optax.chain(*steps, optax.scale_by_learning_rate(schedule))
@@ -111,7 +111,7 @@ class Program(NamedTuple):
     evaluate: Callable[[State, np.ndarray, np.ndarray], tuple[jax.Array, jax.Array]]  # summed loss, number right
 
 
-@functools.lru_cache(maxsize=2)
+@functools.cache
 def make_program(run: Run, image_shape: tuple[int, ...], mean: float, deviation: float) -> Program:
     """Compiles a run, whose learning rate and seed are ignored.
 
