@@ -25,7 +25,8 @@ RATES, QUICK_RATES = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0], [0.03, 0.1, 0.3]
 TUNING_SEED = 0
 SEEDS, QUICK_SEEDS = [1, 2, 3], [1]
 EXAMPLES, QUICK_EXAMPLES = 51_200, 4_096  # the first is about an epoch of MNIST or CIFAR-10
-EXPERIMENTS = ("e1", "e2", "e4")
+RECIPE_EXAMPLES = 64_000 * 128
+EXPERIMENTS, ON_DEMAND = ("e1", "e2", "e4"), ("defaults", "e3")
 
 
 def grid(experiment: str, quick: bool) -> list[Run]:
@@ -43,6 +44,21 @@ def grid(experiment: str, quick: bool) -> list[Run]:
         model, methods, batch_sizes = "cnn", list(runs.METHODS), [128, 32, 4, 1]
     combinations = itertools.product(data, batch_sizes, methods)
     return [Run(name, model, method, batch_size, 0.0, 0, 0) for name, batch_size, method in combinations]
+
+
+def recipe(seeds: Sequence[int], examples: int, quick: bool) -> list[Run]:
+    """Returns the runs of the deep residual network, whose rates and options the paper gives."""
+    options: dict[str, Any] = {"momentum": 0.9, "schedule": "steps", "augment": True, "reads_test": True}
+    by_method: dict[str, dict[str, Any]] = {
+        "bn": {"weight_decay": 1e-4},
+        "gn": {"weight_decay": 1e-4},
+        "bnp+gn": {"weight_decay": 1.5e-4, "init_scale": 0.1},
+    }
+    return [
+        Run("digits" if quick else "cifar-10", "resnet110", method, 128, 0.1, seed, examples, **options | own)
+        for method, own in by_method.items()
+        for seed in seeds
+    ]
 
 
 def variants(quick: bool) -> list[Run]:
@@ -85,21 +101,29 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description="Runs the paper's experiments; a run that has its row in the CSV file is not repeated.",
     )
     option = parser.add_argument
-    option("experiments", nargs="*", default=list(EXPERIMENTS), metavar="EXPERIMENT", help="e1, e2, e4 or defaults")
+    option(
+        "experiments",
+        nargs="*",
+        default=list(EXPERIMENTS),
+        metavar="EXPERIMENT",
+        help="e1, e2, e4 (all three), and e3 or defaults",
+    )
     option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets' files (data)")
     option("--results", type=Path, default=Path("results"), metavar="DIR", help="folder of the CSV files (results)")
     option("--rates", nargs="+", type=float, metavar="RATE", help=f"grid of learning rates ({RATES})")
     option("--seeds", nargs="+", type=int, metavar="SEED", help=f"of the runs that read the test images ({SEEDS})")
-    option("--examples", type=int, metavar="N", help=f"how many examples a run sees ({EXAMPLES})")
+    option(
+        "--examples", type=int, metavar="N", help=f"how many examples a run sees ({EXAMPLES}; e3: {RECIPE_EXAMPLES})"
+    )
     option("--quick", action="store_true", help="a short form on scikit-learn's digits, which needs no download")
     cpu = jax.default_backend() == "cpu"
     option("--workers", type=int, default=os.cpu_count() if cpu else 1, metavar="N", help="processes (one a core)")
     args = parser.parse_args(argv)
-    if unknown := set(args.experiments) - {*EXPERIMENTS, "defaults"}:
-        parser.error(f"no experiment {', '.join(sorted(unknown))}; there are {', '.join(EXPERIMENTS)} and defaults")
+    if unknown := set(args.experiments) - {*EXPERIMENTS, *ON_DEMAND}:
+        names = ", ".join((*EXPERIMENTS, *ON_DEMAND))
+        parser.error(f"no experiment {', '.join(sorted(unknown))}; there are {names}")
     args.rates = args.rates or (QUICK_RATES if args.quick else RATES)
     args.seeds = args.seeds or (QUICK_SEEDS if args.quick else SEEDS)
-    args.examples = args.examples or (QUICK_EXAMPLES if args.quick else EXAMPLES)
     return args
 
 
@@ -108,6 +132,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     for experiment in args.experiments:
         output = args.results / f"{experiment}.csv"
+        examples = args.examples or (
+            QUICK_EXAMPLES if args.quick else RECIPE_EXAMPLES if experiment == "e3" else EXAMPLES
+        )
 
         def sweep(todo: list[Run], output: Path = output) -> list[Result]:
             return train.sweep(todo, output, args.data_dir, args.workers)
@@ -115,12 +142,14 @@ def main(argv: list[str] | None = None) -> None:
         match experiment:
             case "e4":
                 conditioning.measure_all(output, args.seeds, conditioning.STEPS[: 3 if args.quick else None])
+            case "e3":
+                rich.print(train.make_table(sweep(recipe(args.seeds, examples, args.quick))))
             case "defaults":
                 # The start and the options matter most in the first part of a training.
-                results = sweep(with_rates(variants(args.quick), args.rates[1:], args.examples // 4))
+                results = sweep(with_rates(variants(args.quick), args.rates[1:], examples // 4))
                 rich.print(train.make_table(results))
             case _:
-                tuning = sweep(with_rates(grid(experiment, args.quick), args.rates, args.examples))
+                tuning = sweep(with_rates(grid(experiment, args.quick), args.rates, examples))
                 rich.print(train.make_table(sweep(with_best_rate(tuning, args.seeds))))
 
 

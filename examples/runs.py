@@ -172,13 +172,15 @@ def select(results: Sequence[Result], **values: Any) -> list[Result]:
 
 
 def commit() -> str:
-    """Returns the commit of the code that runs, with "+" if files that it tracks were changed."""
+    """Returns the last commit of the examples and the library, with "+" if their files were changed since."""
+    examples = Path(__file__).parent
+    folders = [str(examples), str(examples.parent / "bnp_optax")]
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        command = ["git", "-C", str(examples), *arguments, "--", *folders]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
 
     try:
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return git("log", "-1", "--format=%h") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
