@@ -19,6 +19,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -281,13 +282,22 @@ def worker_pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
     if hasattr(os, "sched_getaffinity"):
         for part in np.array_split(sorted(os.sched_getaffinity(0)), workers):
             cores.put(set(part.tolist()))
-    return concurrent.futures.ProcessPoolExecutor(workers, spawn, take_cores, (cores,))
+    return concurrent.futures.ProcessPoolExecutor(workers, spawn, start_worker, (cores,))
 
 
-def take_cores(cores: Any) -> None:
-    """Binds a worker to its part of the cores, which JAX then takes for all there are."""
+def start_worker(cores: Any) -> None:
+    """Binds a worker to its part of the cores, which JAX then takes for all there are, and its life to its parent's."""
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     if hasattr(os, "sched_setaffinity") and (part := cores.get()):
         os.sched_setaffinity(0, part)
+
+
+def exit_with_parent() -> None:
+    """Ends the process when the one that started it has ended, even if that was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def make_table(results: Sequence[Result]) -> Table:
