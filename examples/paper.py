@@ -21,7 +21,7 @@ import runs
 import train
 from runs import Result, Run
 
-RATES, QUICK_RATES = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0], [0.03, 0.1, 0.3]
+RATES, QUICK_RATES = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0], [0.03, 0.1, 0.3]
 TUNING_SEED = 0
 SEEDS, QUICK_SEEDS = [1, 2, 3], [1]
 EXAMPLES, QUICK_EXAMPLES = 51_200, 4_096  # the first is about an epoch of MNIST or CIFAR-10
