@@ -20,7 +20,7 @@ def bnp_sgd(
     eps_relative: float | jax.Array = 1e-2,
     eps: float | jax.Array = 1e-4,
     variance: VarianceRule = "mixture",
-    scaling: Scaling = "examples",
+    scaling: Scaling | float | jax.Array = 128,
     prior_examples: float | jax.Array | None = 128,
 ) -> optax.GradientTransformationExtraArgs:
     """SGD on preconditioned gradients, with decoupled weight decay and momentum.
@@ -41,7 +41,7 @@ def bnp_sgd(
       eps_relative: relative damping.
       eps: absolute damping.
       variance: rule of the running variance.
-      scaling: rule of q2.
+      scaling: rule of q2, or a number of examples.
       prior_examples: weight of the start of the running statistics.
 
     Returns:

@@ -232,7 +232,6 @@ class Layers(Mapping[str, Layer]):
         out/kernel  4x2
       <BLANKLINE>
       1 layer covers 36 of 44 parameters (81.8%).
-      With scaling="examples" a layer's step is divided by q2 = max(fan-in / examples, 1).
     """
 
     preconditioned: tuple[Layer, ...]

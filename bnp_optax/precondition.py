@@ -70,7 +70,9 @@ def precondition(
     return kernel, bias
 
 
-def batch_scale(scaling: Scaling, fan_in: int, examples: jax.Array, positions: jax.Array) -> jax.Array:
+def batch_scale(
+    scaling: Scaling | float | jax.Array, fan_in: int, examples: jax.Array, positions: jax.Array
+) -> jax.Array:
     """Returns q2, the scalar that divides the whole step of a layer.
 
     With F the ``fan_in``, N the examples of the batch and S the positions of an example:
@@ -78,14 +80,15 @@ def batch_scale(scaling: Scaling, fan_in: int, examples: jax.Array, positions: j
     ============= ================== ============================================
     ``scaling``   q2                 reading
     ============= ================== ============================================
-    "examples"    max(F / N, 1)      one example is one sample
+    a number C    max(C / N, 1)      steps grow with the batch up to C examples
+    "examples"    max(F / N, 1)      one example is one sample: the paper's rule
     "positions"   max(F / (N S), 1)  every position is a sample
     "bound"       max(F / N, S)      bound where the loss sums over positions
     "none"        1                  the learning rate carries it
     ============= ================== ============================================
 
     Args:
-      scaling: one of the four rules.
+      scaling: one of the rules.
       fan_in: F, how many inputs one output unit sees.
       examples: N, ``[stack]``.
       positions: N S, ``[stack]``.
@@ -94,6 +97,8 @@ def batch_scale(scaling: Scaling, fan_in: int, examples: jax.Array, positions: j
       q2, ``[stack]``.
 
     Example:
+      >>> batch_scale(128, 784, examples=jnp.array([8.0]), positions=jnp.array([8.0]))
+      Array([16.], dtype=float32)
       >>> batch_scale("examples", 784, examples=jnp.array([8.0]), positions=jnp.array([8.0]))
       Array([98.], dtype=float32)
     """
@@ -106,3 +111,5 @@ def batch_scale(scaling: Scaling, fan_in: int, examples: jax.Array, positions: j
             return jnp.maximum(fan_in / examples, positions / examples)
         case "none":
             return jnp.ones_like(examples)
+        case _:
+            return jnp.maximum(jnp.asarray(scaling, examples.dtype) / examples, 1)

@@ -38,8 +38,7 @@ def table(layers: "Layers") -> str:
         parts.append(f"Left alone: {reason}\n{lines}")
     layers_cover = "1 layer covers" if len(rows) == 1 else f"{len(rows)} layers cover"
     parts.append(
-        f"{layers_cover} {covered:,} of {covered + left:,} parameters ({covered / max(covered + left, 1):.1%}).\n"
-        'With scaling="examples" a layer\'s step is divided by q2 = max(fan-in / examples, 1).'
+        f"{layers_cover} {covered:,} of {covered + left:,} parameters ({covered / max(covered + left, 1):.1%})."
     )
     return "\n\n".join(parts)
 

@@ -62,7 +62,7 @@ def scale_by_bnp(
     eps: float | jax.Array = 1e-4,
     *,
     variance: VarianceRule = "mixture",
-    scaling: Scaling = "examples",
+    scaling: Scaling | float | jax.Array = 128,
     prior_examples: float | jax.Array | None = 128,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions gradients with the running mean and variance of every layer's input.
@@ -86,9 +86,11 @@ def scale_by_bnp(
       eps: eps2, absolute damping.
       variance: ``"mixture"`` is the exact variance of the weighted mixture of batches, right at
         every batch size; ``"batch"`` is the paper's average of batch variances.
-      scaling: the rule of q2, the scalar that divides a layer's step: ``"examples"``,
-        ``"positions"``, ``"bound"`` or ``"none"``. With F inputs a unit, N examples and S positions
-        an example q2 is max(F/N, 1), max(F/(N S), 1), max(F/N, S) or 1.
+      scaling: q2, the scalar that divides a layer's step. With a number C and a batch of N examples
+        it is max(C/N, 1): below C examples steps are in proportion to their batch, so that one
+        learning rate serves batches of any size. ``"examples"`` is the paper's max(F/N, 1) for F
+        inputs a unit, which slows wide layers down; ``"positions"``, ``"bound"`` and ``"none"`` are
+        max(F/(N S), 1), max(F/N, S) and 1 for S positions an example.
       prior_examples: how many examples the start (mean 0, variance 1) weighs; ``None`` is the
         paper's constant decay, under which it lingers for 1 / (1 - decay) steps.
 
@@ -140,7 +142,7 @@ def scale_by_bnp(
         )
 
     def absorb_record(
-        layer: Layer, state: ScaleByBNPState, record: InputMoments, decay: Any, prior_examples: Any
+        layer: Layer, state: ScaleByBNPState, record: InputMoments, decay: Any, scaling_rule: Any, prior_examples: Any
     ) -> ScaleByBNPState:
         batch = jax.tree.map(lambda x: x.astype(state.mean.dtype), record)
         step_decay = running_decay(state.seen, batch.examples, decay, prior_examples)
@@ -148,7 +150,7 @@ def scale_by_bnp(
         finite = (jnp.isfinite(new_mean) & jnp.isfinite(new_variance)).all((1, 2))
         called = batch.positions > 0  # not, for instance, in a branch that was not taken
         accept = finite & called
-        scale = batch_scale(scaling, layer.fan_in, batch.examples, batch.positions)
+        scale = batch_scale(scaling_rule, layer.fan_in, batch.examples, batch.positions)
         return ScaleByBNPState(
             mean=jnp.where(accept[:, None, None], new_mean, state.mean),
             variance=jnp.where(accept[:, None, None], new_variance, state.variance),
@@ -186,9 +188,12 @@ def scale_by_bnp(
         record: InputMoments | None,
         options: tuple[Any, ...],
     ) -> tuple[ScaleByBNPState, dict[Path, jax.Array]]:
-        decay, eps_relative, eps, prior_examples = options  # arrays, if they are injected hyperparameters
+        decay, eps_relative, eps, examples_of_a_full_step, prior_examples = (
+            options  # arrays, if they are injected hyperparameters
+        )
         if record is not None:
-            state = absorb_record(layer, state, record, decay, prior_examples)
+            rule = scaling if isinstance(scaling, str) else examples_of_a_full_step
+            state = absorb_record(layer, state, record, decay, rule, prior_examples)
         return state, precondition_layer(layer, state, gradients, eps_relative, eps)
 
     def update_fn(
@@ -213,7 +218,7 @@ def scale_by_bnp(
                 layer_state,
                 own,
                 None if records is None else records[layer.path],
-                (decay, eps_relative, eps, prior_examples),
+                (decay, eps_relative, eps, None if isinstance(scaling, str) else scaling, prior_examples),
                 like=(layer_state, own),
             )
             for field, value in zip(fields, layer_state, strict=True):
@@ -235,12 +240,18 @@ def _check_options(
         )
     if isinstance(decay, NUMBERS) and not 0 <= decay < 1:
         raise ValueError(f"decay must be in [0, 1), but is {decay}.")
+    if isinstance(scaling, NUMBERS) and not 0 < scaling < float("inf"):
+        raise ValueError(f"scaling must be a positive number of examples or the name of a rule, but is {scaling}.")
     for name, value in (("eps_relative", eps_relative), ("eps", eps), ("prior_examples", prior_examples)):
         if isinstance(value, NUMBERS) and not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be finite and not negative, but is {value}.")
-    for name, value, options in (("variance", variance, VarianceRule), ("scaling", scaling, Scaling)):
-        if value not in get_args(options):
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(options)))}, but is {value!r}.")
+    if variance not in get_args(VarianceRule):
+        raise ValueError(
+            f"variance must be one of {', '.join(map(repr, get_args(VarianceRule)))}, but is {variance!r}."
+        )
+    if not isinstance(scaling, (*NUMBERS, jax.Array)) and scaling not in get_args(Scaling):
+        names = ", ".join(map(repr, get_args(Scaling)))
+        raise ValueError(f"scaling must be a number of examples or one of {names}, but is {scaling!r}.")
 
 
 def _leaves_by_path(layers: Layers, tree: Any) -> tuple[dict[Path, Any], Any]:

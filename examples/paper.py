@@ -21,7 +21,12 @@ import runs
 import train
 from runs import Result, Run
 
-RATES, QUICK_RATES = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0], [0.03, 0.1, 0.3]
+RATES = {
+    "e1": [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
+    "e2": [0.003, 0.01, 0.03, 0.1, 0.3, 1.0],
+    "defaults": [0.01, 0.03, 0.1, 0.3, 1.0],
+}
+QUICK_RATES = [0.03, 0.1, 0.3]
 TUNING_SEED = 0
 SEEDS, QUICK_SEEDS = [1, 2, 3], [1]
 EXAMPLES, QUICK_EXAMPLES = 51_200, 4_096  # the first is about an epoch of MNIST or CIFAR-10
@@ -65,20 +70,33 @@ def recipe(seeds: Sequence[int], examples: int, quick: bool) -> list[Run]:
     ]
 
 
-def variants(quick: bool) -> list[Run]:
-    """Returns BNP with one option at a time changed from its default, and Group Normalization with its group size."""
+def variants(quick: bool) -> tuple[list[Run], list[Run]]:
+    """Returns what chose the defaults: convolutional and fully connected networks, the rates left at zero.
+
+    The options of BNP are changed one at a time; and the group size of Group Normalization is tried.
+    """
     changes: list[dict[str, Any]] = [
         {},
         *({"prior_examples": prior} for prior in (None, 16.0, 1024.0)),
         *({"decay": decay} for decay in (0.9, 0.999)),
-        *({"scaling": scaling} for scaling in ("positions", "bound", "none")),
+        *({"scaling": scaling} for scaling in ("128", "positions", "bound", "none")),
         *({"covers": covers} for covers in ("hidden", "convolutions")),
         *({"momentum": 0.9, "bnp_last": last} for last in (False, True)),
     ]
     data = "digits" if quick else "cifar-10"
-    bnp = [Run(data, "cnn", "bnp", size, 0.0, 0, 0, **change) for size in (128, 4) for change in changes]
+    bnp = [
+        Run(data, "cnn", "bnp", size, 0.0, 0, 0, **{"scaling": "examples"} | change)
+        for size in (128, 4)
+        for change in changes
+    ]
     gn = [Run(data, "cnn", "gn", size, 0.0, 0, 0, group_size=group) for size in (128, 4) for group in (4, 8, 16)]
-    return bnp + gn
+    mlp = [
+        dataclasses.replace(cell, scaling=scaling)
+        for cell in grid("e1", quick)
+        if cell.method == "bnp"
+        for scaling in ("examples", "128")
+    ]
+    return bnp + gn, mlp
 
 
 def with_rates(cells: Sequence[Run], rates: Sequence[float], examples: int) -> list[Run]:
@@ -114,7 +132,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets' files (data)")
     option("--results", type=Path, default=Path("results"), metavar="DIR", help="folder of the CSV files (results)")
-    option("--rates", nargs="+", type=float, metavar="RATE", help=f"grid of learning rates ({RATES})")
+    option("--rates", nargs="+", type=float, metavar="RATE", help="grid of learning rates, if another one than usual")
     option("--seeds", nargs="+", type=int, metavar="SEED", help=f"of the runs that read the test images ({SEEDS})")
     option(
         "--examples", type=int, metavar="N", help=f"how many examples a run sees ({EXAMPLES}; e3: {RECIPE_EXAMPLES})"
@@ -126,7 +144,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if unknown := set(args.experiments) - {*EXPERIMENTS, *ON_DEMAND}:
         names = ", ".join((*EXPERIMENTS, *ON_DEMAND))
         parser.error(f"no experiment {', '.join(sorted(unknown))}; there are {names}")
-    args.rates = args.rates or (QUICK_RATES if args.quick else RATES)
     args.seeds = args.seeds or (QUICK_SEEDS if args.quick else SEEDS)
     return args
 
@@ -134,6 +151,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Runs the experiments and prints what came out."""
     args = parse_args(argv)
+
+    def rates(experiment: str) -> list[float]:
+        return args.rates or (QUICK_RATES if args.quick else RATES[experiment])
+
     for experiment in args.experiments:
         output = args.results / f"{experiment}.csv"
         examples = args.examples or (
@@ -150,10 +171,11 @@ def main(argv: list[str] | None = None) -> None:
                 rich.print(train.make_table(sweep(recipe(args.seeds, examples, args.quick))))
             case "defaults":
                 # The start and the options matter most in the first part of a training.
-                results = sweep(with_rates(variants(args.quick), args.rates[1:], examples // 4))
-                rich.print(train.make_table(results))
+                convolutional, fully_connected = variants(args.quick)
+                todo = with_rates(convolutional, rates("defaults"), examples // 4)
+                rich.print(train.make_table(sweep(todo + with_rates(fully_connected, rates("e1"), examples))))
             case _:
-                tuning = sweep(with_rates(grid(experiment, args.quick), args.rates, examples))
+                tuning = sweep(with_rates(grid(experiment, args.quick), rates(experiment), examples))
                 rich.print(train.make_table(sweep(with_best_rate(tuning, args.seeds))))
 
 

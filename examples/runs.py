@@ -35,7 +35,7 @@ class Run:
       init_scale: a factor on the initial kernels of the residual networks.
       decay: of BNP's running statistics.
       prior_examples: the weight of their start; ``None`` for constant decay.
-      scaling: BNP's rule of q2.
+      scaling: BNP's q2, the name of a rule or a number.
       covers: the layers that BNP preconditions: "all", "hidden" (all but the last) or "convolutions".
       bnp_last: precondition after momentum, not before.
       reads_test: whether the test set is read at the end.
@@ -56,7 +56,7 @@ class Run:
     init_scale: float = 1.0
     decay: float = 0.99
     prior_examples: float | None = 128.0
-    scaling: str = "examples"
+    scaling: str = "128"
     covers: str = "all"
     bnp_last: bool = False
     reads_test: bool = False

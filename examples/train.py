@@ -77,7 +77,7 @@ def make_optimizer(
     momentum = optax.trace(run.momentum) if run.momentum else optax.identity()
     steps = [optax.add_decayed_weights(run.weight_decay), momentum]
     if layers is not None:
-        scaling: Any = run.scaling
+        scaling: Any = run.scaling if run.scaling.isalpha() else float(run.scaling)
         preconditioner = bnp.scale_by_bnp(layers, run.decay, scaling=scaling, prior_examples=run.prior_examples)
         steps.insert(2 if run.bnp_last else 0, preconditioner)
     num_steps = run.examples // run.batch_size
@@ -336,7 +336,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     option("--init-scale", type=float, default=1.0, help="factor on the residual networks' initial kernels")
     option("--decay", type=float, default=default["decay"], help="of BNP's running statistics")
     option("--prior-examples", type=float, default=default["prior_examples"], metavar="N", help="weight of their start")
-    option("--scaling", default=default["scaling"], choices=("examples", "positions", "bound", "none"))
+    option("--scaling", default=default["scaling"], metavar="RULE", help="of BNP's q2, or a number of examples")
     option("--covers", default="all", choices=("all", "hidden", "convolutions"), help="BNP's layers")
     option("--bnp-last", action="store_true", help="precondition after momentum, not before")
     option("--test", action="store_true", help="classify the test images at the end")

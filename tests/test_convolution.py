@@ -44,7 +44,7 @@ def convolutions(draw):
     convolutions(),
     st.sampled_from(["VALID", "SAME"]),
     st.booleans(),
-    st.sampled_from(["examples", "positions", "bound", "none"]),
+    st.sampled_from([12.0, "examples", "positions", "bound", "none"]),
     st.integers(0, 2**16),
 )
 def test_convolution_equals_the_dense_formula_on_its_patches(conv, padding, use_bias, scaling, seed):
@@ -65,6 +65,7 @@ def test_convolution_equals_the_dense_formula_on_its_patches(conv, padding, use_
     ]
     fan_in, examples, positions = np.prod(window) * inputs, 2, np.prod(spatial)
     q2 = {
+        12.0: max(12 / examples, 1),
         "examples": max(fan_in / examples, 1),
         "positions": max(fan_in / (examples * positions), 1),
         "bound": max(fan_in / examples, positions),

@@ -42,7 +42,7 @@ networks = st.lists(st.tuples(layer_kinds, st.booleans()), min_size=1, max_size=
 options = st.fixed_dictionaries(
     {
         "variance": st.sampled_from(["mixture", "batch"]),
-        "scaling": st.sampled_from(["examples", "positions", "bound", "none"]),
+        "scaling": st.sampled_from([12.0, "examples", "positions", "bound", "none"]),
         "prior_examples": st.sampled_from([None, 0, 8, 128]),
         "decay": st.sampled_from([0.0, 0.5, 0.99]),
         "eps_relative": st.sampled_from([0.0, 1e-2]),
@@ -194,6 +194,7 @@ class Reference:
         s = moment + self.options["eps_relative"] * moment.max() + self.options["eps"]
         fan_in, n = g_w.shape[0] * g_w.shape[1], EXAMPLES
         q2 = {
+            12.0: max(12 / n, 1),
             "examples": max(fan_in / n, 1),
             "positions": max(fan_in / (n * positions), 1),
             "bound": max(fan_in / n, positions),

@@ -403,13 +403,14 @@ def test_the_protocol():
     for experiment, cells, methods in (("e1", 2 * 3 * 3, 3), ("e2", 4 * 5, 5)):
         grid = paper.grid(experiment, quick=False)
         assert len(grid) == len(set(grid)) == cells
-        tuning = paper.with_rates(grid, paper.RATES, 100)
+        tuning = paper.with_rates(grid, paper.RATES[experiment], 100)
         assert not any(run.reads_test for run in tuning)
         # every method at every batch size gets the same rates, seeds and examples
         assert len({(r.data, r.batch_size, r.rate, r.seed, r.examples) for r in tuning}) * methods == len(tuning)
-    assert len(paper.RATES) >= 4
-    ratios = np.divide(paper.RATES[1:], paper.RATES[:-1])
-    assert ((ratios > 2.9) & (ratios < 3.4)).all()
+        rates = paper.RATES[experiment]
+        assert len(rates) >= 4
+        ratios = np.divide(rates[1:], rates[:-1])
+        assert ((ratios > 2.9) & (ratios < 3.4)).all()
     assert len(paper.SEEDS) >= 3
     assert paper.TUNING_SEED not in paper.SEEDS
 

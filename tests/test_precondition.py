@@ -71,6 +71,25 @@ def test_step_is_the_dense_matrix_p_p_transposed(shape, seed):
         assert_close(new_kernel[s, g, :, :, o].ravel(), expected[1:])
 
 
+@given(st.integers(1, 6), shapes, seeds)
+def test_up_to_c_examples_a_batch_steps_as_far_as_its_examples_one_by_one(examples, shape, seed):
+    """One learning rate serves all batches: with ``scaling=C`` the step of a mean over N examples sums up theirs."""
+    rng = np.random.default_rng(seed)
+    _, _, mean, variance, _ = random_layer(seed, shape)
+    stack, group, _, _, outputs = shape
+    kernels, biases = rng.normal(size=(examples, *shape)), rng.normal(size=(examples, stack, group, outputs))
+
+    def step(kernel, bias, n):
+        scale = batch_scale(6.0, 1, jnp.full(stack, float(n)), jnp.full(stack, float(n)))
+        return precondition(jnp.asarray(kernel), jnp.asarray(bias), mean, variance, scale, **EPS)
+
+    one_by_one = [step(kernel, bias, 1) for kernel, bias in zip(kernels, biases, strict=True)]
+    for whole, parts in zip(
+        step(kernels.mean(0), biases.mean(0), examples), zip(*one_by_one, strict=True), strict=True
+    ):
+        assert_close(whole, sum(parts))
+
+
 @given(shapes, seeds)
 def test_without_bias_the_raw_second_moment_scales(shape, seed):
     kernel, _, mean, variance, scale = random_layer(seed, shape)
@@ -147,7 +166,14 @@ def test_dead_layer_stays_finite(damping, with_bias):
 
 @pytest.mark.parametrize(
     ("scaling", "expected"),
-    [("examples", [9.0, 1.0]), ("positions", [1.0, 1.0]), ("bound", [49.0, 49.0]), ("none", [1.0, 1.0])],
+    [
+        (16, [4.0, 1.0]),
+        (np.float32(16), [4.0, 1.0]),
+        ("examples", [9.0, 1.0]),
+        ("positions", [1.0, 1.0]),
+        ("bound", [49.0, 49.0]),
+        ("none", [1.0, 1.0]),
+    ],
 )
 def test_scale_rules(scaling, expected):
     """F = 36, N = 4 and 64, S = 49."""

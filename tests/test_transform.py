@@ -97,7 +97,7 @@ def test_a_large_offset_in_float32_gives_the_right_update():
     tx = bnp.scale_by_bnp(DENSE, prior_examples=0)
     updates, _ = tx.update(gradients, tx.init(DENSE_PARAMS), intermediates=dense_record(h))
     h, delta = h.astype(np.float64), delta.astype(np.float64)
-    expected = paper_dense_step(h, h.T @ delta, delta.sum(0), np.zeros(3), np.ones(3), 0.0, 1e-2, 1e-4, 1.0)
+    expected = paper_dense_step(h, h.T @ delta, delta.sum(0), np.zeros(3), np.ones(3), 0.0, 1e-2, 1e-4, q2=128 / 64)
     np.testing.assert_allclose(updates["w"], expected[0], rtol=1e-2, atol=1e-2)
     # the step at the mean input, where the large terms of kernel and bias cancel
     at_mean = updates["b"] + np.asarray(updates["w"], np.float64).T @ h.mean(0)
@@ -116,7 +116,7 @@ def test_three_steps_equal_the_papers_algorithm(variance, prior, seed):
         seen += examples
         g_w, g_b = g_w.astype(np.float32), g_b.astype(np.float32)
         expected_w, expected_b, mu, var = paper_dense_step(
-            h, g_w, g_b, mu, var, rho, 0.02, 1e-3, max(3 / examples, 1), mixture=variance == "mixture"
+            h, g_w, g_b, mu, var, rho, 0.02, 1e-3, max(128 / examples, 1), mixture=variance == "mixture"
         )
         updates, state = tx.update({"w": jnp.asarray(g_w), "b": jnp.asarray(g_b)}, state, intermediates=dense_record(h))
         np.testing.assert_allclose(updates["w"], expected_w, rtol=1e-3, atol=1e-4)
@@ -265,7 +265,10 @@ def test_counter_of_examples_saturates():
         ({"eps_relative": float("inf")}, "eps_relative must be finite"),
         ({"prior_examples": -1}, "prior_examples must be finite and not negative, but is -1"),
         ({"variance": "exact"}, "variance must be one of 'mixture', 'batch', but is 'exact'"),
-        ({"scaling": None}, "scaling must be one of 'examples', 'positions', 'bound', 'none', but is None"),
+        ({"scaling": None}, "scaling must be a number of examples or one of 'examples', .*'none', but is None"),
+        ({"scaling": "exmples"}, "but is 'exmples'"),
+        ({"scaling": 0}, "scaling must be a positive number of examples or the name of a rule, but is 0"),
+        ({"scaling": float("nan")}, "scaling must be a positive number"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

@@ -109,7 +109,6 @@ def record(
       w      Experts   4x3x8       3  w, b           128
       <BLANKLINE>
       1 layer covers 128 of 128 parameters (100.0%).
-      With scaling="examples" a layer's step is divided by q2 = max(fan-in / examples, 1).
     """
     observer: Observer | None = _observer.value
     if observer is None:

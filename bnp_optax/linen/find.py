@@ -59,7 +59,6 @@ def find_layers(
         layers_1/scale  3
       <BLANKLINE>
       2 layers cover 21 of 27 parameters (77.8%).
-      With scaling="examples" a layer's step is divided by q2 = max(fan-in / examples, 1).
     """
     finder = _Finder()
     try:

@@ -62,7 +62,6 @@ def find_layers(model: nnx.Module, *args: Any, method: Callable[..., Any] | str 
         layers/1/scale  3
       <BLANKLINE>
       1 layer covers 15 of 21 parameters (71.4%).
-      With scaling="examples" a layer's step is divided by q2 = max(fan-in / examples, 1).
     """
 
     def run(model: Any, *args: Any, **kwargs: Any) -> Any:
