@@ -109,7 +109,7 @@ def accuracy_table(cells: Sequence[Cell]) -> str:
                 f"{np.mean(losses):.2f}",
                 f"{cell.rate:g}",
                 f"{validation:.1f}",
-                f"{low:g}" if low == high else f"{low:g} to {high:g}",
+                window_text(low, high),
                 f"{diverged} of {len(cell.tuning)}",
             ]
         )
@@ -128,30 +128,29 @@ def summary_table(cells: Sequence[Cell]) -> str:
 
 
 def defaults_table(results: Sequence[Result]) -> str:
-    """Returns the best validation accuracy of every variant of the options, a column a batch size."""
-    options = ("prior_examples", "decay", "scaling", "covers", "momentum", "bnp_last", "group_size")
+    """Returns the best validation accuracy of every variant of the options, and at which rates it is reached."""
+    options = ("prior_examples", "decay", "covers", "momentum", "bnp_last")
     standard = {field.name: field.default for field in runs.RUN_FIELDS}
-    by_variant: dict[tuple[str, ...], dict[int, list[Result]]] = {}
+    by_variant: dict[tuple[str, ...], list[Result]] = {}
     for result in results:
-        changed = [f"{name}={getattr(result.run, name)}" for name in options if is_changed(result, name, standard)]
-        variant = (NAMES[result.run.method], ", ".join(changed) or "defaults")
-        by_variant.setdefault(variant, {}).setdefault(result.run.batch_size, []).append(result)
-    sizes = sorted({result.run.batch_size for result in results}, reverse=True)
-    rows = [
-        [*variant, *itertools.chain(*(best_and_rate(by_size[size]) for size in sizes))]
-        for variant, by_size in by_variant.items()
-    ]
-    return markdown(["method", "options", *itertools.chain(*((f"batch {size}", "rate") for size in sizes))], rows)
+        run = result.run
+        changed = [f"{name}={getattr(run, name)}" for name in options if getattr(run, name) != standard[name]]
+        first = f"group_size={run.group_size}" if run.method == "gn" else f"scaling={run.scaling}"
+        network = f"{DATA_NAMES[run.data]}, {MODEL_NAMES[run.model]}"
+        cells = (network, str(run.batch_size), f"{run.examples:,}", NAMES[run.method], ", ".join([first, *changed]))
+        by_variant.setdefault(cells, []).append(result)
+    rows = []
+    for variant, own in by_variant.items():
+        tuning, rate = runs.select(own, reads_test=False), runs.best_rate(runs.select(own, reads_test=False))
+        best, final = max(map(runs.final_accuracy, tuning)), runs.select(own, reads_test=True, rate=rate)
+        test = f"{np.mean([result.test_accuracy for result in final]):.1f}" if final else ""
+        rows.append([*variant, f"{best:.1f}", f"{rate:g}", window_text(*runs.window(tuning)), test])
+    return markdown(["network", "batch", "examples", "method", "options", "validation", "rate", "window", "test"], rows)
 
 
-def is_changed(result: Result, name: str, standard: dict[str, object]) -> bool:
-    """Whether a run sets an option; Group Normalization's group size is always told."""
-    return getattr(result.run, name) != standard[name] or (name == "group_size" and result.run.method == "gn")
-
-
-def best_and_rate(tuning: Sequence[Result]) -> tuple[str, str]:
-    """Returns the best validation accuracy and its learning rate as text."""
-    return f"{max(map(runs.final_accuracy, tuning)):.1f}", f"{runs.best_rate(tuning):g}"
+def window_text(low: float, high: float) -> str:
+    """Returns an interval of learning rates as text."""
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def conditioning_table(rows: Sequence[Conditioning]) -> str:
