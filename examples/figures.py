@@ -192,6 +192,16 @@ def panels(titles: Sequence[str], columns: int, ylabel: str, sharey: bool = Fals
     return figure, axes
 
 
+def show_errors_as_accuracies(panel: Axes) -> None:
+    """Makes the axis of errors (%) logarithmic, so that 97 against 96 % shows as well as 97 against 10 %."""
+    panel.set(yscale="log")
+    low, high = panel.get_ylim()
+    panel.set_ylim(high, low)
+    ticks = [error for error in (1, 2, 3, 4, 6, 10, 20, 40, 50, 60, 90) if low <= error <= high]
+    panel.set_yticks(ticks, labels=[str(100 - error) for error in ticks])
+    panel.minorticks_off()
+
+
 def add_legend(figure: Figure, axes: Sequence[Axes]) -> Figure:
     """Puts one legend with all lines of all panels above them."""
     labels: dict[str, object] = {}
@@ -210,9 +220,10 @@ def by_batch_size(cells: Sequence[Cell]) -> Figure:
         sizes = sorted({cell.batch_size for cell in members}, reverse=True)
         for method in dict.fromkeys(cell.method for cell in members):
             own = {cell.batch_size: cell.test_accuracies for cell in members if cell.method == method}
-            draw(panel, range(len(sizes)), np.stack([own[size] for size in sizes]), method)
+            draw(panel, range(len(sizes)), 100 - np.stack([own[size] for size in sizes]), method)
         panel.set_xticks(range(len(sizes)), labels=[str(size) for size in sizes])
         panel.set_xlabel("batch size")
+        show_errors_as_accuracies(panel)
     return add_legend(figure, axes)
 
 
@@ -224,7 +235,8 @@ def by_rate(cells: Sequence[Cell]) -> Figure:
         for cell in members:
             ordered = sorted(cell.tuning, key=lambda result: result.run.rate)
             accuracies = np.array([max(runs.final_accuracy(result), CHANCE) for result in ordered])
-            draw(panel, [result.run.rate for result in ordered], accuracies[:, None], cell.method)
+            draw(panel, [result.run.rate for result in ordered], 100 - accuracies[:, None], cell.method)
+        show_errors_as_accuracies(panel)
         panel.set(xscale="log", xlabel="learning rate")
     return add_legend(figure, axes)
 
@@ -239,7 +251,9 @@ def by_examples(cells: Sequence[Cell]) -> Figure:
             if finished:
                 losses = np.transpose([result.train_loss for result in finished])
                 draw(panel, finished[0].examples_seen, losses, cell.method)
-        panel.set(xlabel="examples seen", ylim=(0, 2.4))
+        panel.set(xlabel="examples seen", yscale="log")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}")
     return add_legend(figure, axes)
 
 

@@ -111,7 +111,7 @@ def test_table_counts_what_is_covered():
     lines = str(two_layers()).splitlines()
     assert lines[1].split() == ["first", "Dense", "8x4", "8", "kernel,", "bias", "36"]
     assert lines[4:6] == ["Left alone: embedding", "  embed/embedding  10x8"]
-    assert lines[-2] == "2 layers cover 44 of 124 parameters (35.5%)."
+    assert lines[-1] == "2 layers cover 44 of 124 parameters (35.5%)."
     assert str(bnp.Layers(())).startswith("0 layers cover 0 of 0 parameters (0.0%).")
 
 
