@@ -153,6 +153,17 @@ def window_text(low: float, high: float) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
+def recipe_table(results: Sequence[Result]) -> str:
+    """Returns a row a run: training loss at the start and the end, test accuracy, time."""
+    rows = []
+    for result in results:
+        run, losses = result.run, result.train_loss
+        numbers = (f"{losses[0]:.2f}", f"{losses[-1]:.2f}", f"{result.test_accuracy:.1f}", f"{result.seconds:.0f}")
+        rows.append([DATA_NAMES[run.data], NAMES[run.method], str(run.seed), f"{run.examples:,}", *numbers])
+    header = ["data", "method", "seed", "examples", "train loss, first quarter", "last quarter", "test accuracy"]
+    return markdown([*header, "seconds"], rows)
+
+
 def conditioning_table(rows: Sequence[Conditioning]) -> str:
     """Returns medians over the seeds at the last step."""
     last = max(row.step for row in rows)
@@ -314,6 +325,8 @@ def make(results: Path) -> tuple[dict[str, str], dict[str, Figure]]:
         tables["summary"], figures["batch_size"] = summary_table(everything), by_batch_size(everything)
     if rows := runs.read(results / "defaults.csv"):
         tables["defaults"] = defaults_table(rows)
+    if rows := runs.read(results / "e3.csv"):
+        tables["e3"] = recipe_table(rows)
     if spectra := conditioning.read(results / "e4.csv"):
         tables["e4"], figures["e4"] = conditioning_table(spectra), along_training(spectra)
     if not tables:
