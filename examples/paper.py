@@ -173,7 +173,8 @@ def main(argv: list[str] | None = None) -> None:
                 # The start and the options matter most in the first part of a training.
                 convolutional, fully_connected = variants(args.quick)
                 todo = with_rates(convolutional, rates("defaults"), examples // 4)
-                rich.print(train.make_table(sweep(todo + with_rates(fully_connected, rates("e1"), examples))))
+                todo += with_rates(fully_connected, rates("defaults"), examples)
+                rich.print(train.make_table(sweep(todo)))
             case _:
                 tuning = sweep(with_rates(grid(experiment, args.quick), rates(experiment), examples))
                 rich.print(train.make_table(sweep(with_best_rate(tuning, args.seeds))))
