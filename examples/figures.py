@@ -8,7 +8,7 @@ import argparse
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,8 +54,10 @@ class Cell(NamedTuple):
 def cells(results: Sequence[Result]) -> list[Cell]:
     """Groups the rows of an experiment, largest batches first, methods in the order of ``runs.METHODS``.
 
+    A cell whose runs at the best rate are still to come is left out.
+
     Raises:
-      ValueError: if the rows saw different numbers of examples, or lack the runs at a best rate.
+      ValueError: if the rows saw different numbers of examples.
     """
     if len(budgets := {result.run.examples for result in results}) > 1:
         raise ValueError(f"runs of different lengths cannot be compared: {sorted(budgets)} examples")
@@ -64,10 +66,8 @@ def cells(results: Sequence[Result]) -> list[Cell]:
     for data, model, batch_size, method in keys:
         own = runs.select(results, data=data, model=model, batch_size=batch_size, method=method)
         tuning = runs.select(own, reads_test=False)
-        final = runs.select(own, reads_test=True, rate=runs.best_rate(tuning))
-        if not final:
-            raise ValueError(f"{data}, {model}, {method}, batch size {batch_size}: no runs at the best rate yet")
-        grouped.append(Cell(data, model, batch_size, method, tuning, final))
+        if final := runs.select(own, reads_test=True, rate=runs.best_rate(tuning)):
+            grouped.append(Cell(data, model, batch_size, method, tuning, final))
     data_order = list(dict.fromkeys(cell.data for cell in grouped))
     return sorted(
         grouped, key=lambda cell: (data_order.index(cell.data), -cell.batch_size, runs.METHODS.index(cell.method))
@@ -179,12 +179,13 @@ def conditioning_table(rows: Sequence[Conditioning]) -> str:
     return markdown(header, lines)
 
 
-def draw(axes: Axes, x: Sequence[float], values: np.ndarray, method: str, **style: str) -> None:
-    """Draws the mean and the range of ``[x, seeds]``."""
+def draw(axes: Axes, x: Sequence[float], values: Iterable[np.ndarray], method: str, **style: str) -> None:
+    """Draws the mean and the range of the values at every x."""
     color = COLORS[method]
     line = {"label": NAMES[method], "marker": MARKERS[method]} | style
-    axes.plot(x, values.mean(axis=1), color=color, markersize=4, **line)  # type: ignore[arg-type]
-    axes.fill_between(x, values.min(axis=1), values.max(axis=1), color=color, alpha=0.2, linewidth=0)
+    means, lows, highs = zip(*((value.mean(), value.min(), value.max()) for value in values), strict=True)
+    axes.plot(x, means, color=color, markersize=4, **line)  # type: ignore[arg-type]
+    axes.fill_between(x, lows, highs, color=color, alpha=0.2, linewidth=0)
 
 
 def panels(titles: Sequence[str], columns: int, ylabel: str, sharey: bool = False) -> tuple[Figure, list[Axes]]:
@@ -231,7 +232,8 @@ def by_batch_size(cells: Sequence[Cell]) -> Figure:
         sizes = sorted({cell.batch_size for cell in members}, reverse=True)
         for method in dict.fromkeys(cell.method for cell in members):
             own = {cell.batch_size: cell.test_accuracies for cell in members if cell.method == method}
-            draw(panel, range(len(sizes)), 100 - np.stack([own[size] for size in sizes]), method)
+            places = [place for place, size in enumerate(sizes) if size in own]
+            draw(panel, places, [100 - own[sizes[place]] for place in places], method)
         panel.set_xticks(range(len(sizes)), labels=[str(size) for size in sizes])
         panel.set_xlabel("batch size")
         show_errors_as_accuracies(panel)

@@ -477,5 +477,4 @@ def test_figures_need_results(tmp_path):
         figures.fill_tables("<!-- table: e7 -->\n<!-- end -->", {"e1": ""})
     with pytest.raises(ValueError, match="runs of different lengths"):
         figures.cells([result(0.1, 90.0), result(0.1, 90.0, examples=640)])
-    with pytest.raises(ValueError, match="no runs at the best rate yet"):
-        figures.cells([result(0.1, 90.0)])
+    assert figures.cells([result(0.1, 90.0)]) == []  # its runs at the best rate are still to come
