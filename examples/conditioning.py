@@ -8,6 +8,7 @@ are functions of the parameters.
 
 import csv
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def read(path: Path) -> list[Conditioning]:
 
 
 def measure_all(output: Path, seeds: Sequence[int], steps: Sequence[int]) -> list[Conditioning]:
-    """Trains and measures every method with every seed, and rewrites the CSV file unless it holds them all.
+    """Trains and measures every method with every seed, and adds the rows of those that the CSV file lacks.
 
     Args:
       output: the CSV file.
@@ -83,25 +84,28 @@ def measure_all(output: Path, seeds: Sequence[int], steps: Sequence[int]) -> lis
     Returns:
       The rows of the file.
     """
-    rows = read(output)
-    wanted = {(method, seed, step) for method in ("sgd", "bn", "bnp") for seed in seeds for step in steps}
-    if wanted <= {(row.method, row.seed, row.step) for row in rows}:
-        return rows
-    rows = []
-    with rich.progress.Progress() as progress:
-        task = progress.add_task(output.stem, total=len(wanted))
-        for seed in seeds:
-            for method in ("sgd", "bn", "bnp"):
-                run = Run("digits", "small-mlp", method, BATCH_SIZE, RATE, seed, BATCH_SIZE * steps[-1])
-                for measured in measure(run, steps):
-                    rows += measured
-                    progress.advance(task)
+    done = {(row.method, row.seed, row.step) for row in read(output)}
     output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", newline="") as file:
+    with rich.progress.Progress() as progress:
+        task = progress.add_task(output.stem, total=3 * len(seeds) * len(steps))
+        for seed, method in itertools.product(seeds, ("sgd", "bn", "bnp")):
+            run = Run("digits", "small-mlp", method, BATCH_SIZE, RATE, seed, BATCH_SIZE * steps[-1])
+            missing = [step for step in steps if (method, seed, step) not in done]
+            progress.advance(task, len(steps) - len(missing))
+            for rows in measure(run, missing) if missing else ():
+                append(output, rows)
+                progress.advance(task)
+    return read(output)
+
+
+def append(path: Path, rows: Sequence[Conditioning]) -> None:
+    """Adds rows to the file, which it begins with a header if there is none."""
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Conditioning)], lineterminator="\n")
-        writer.writeheader()
+        if is_new:
+            writer.writeheader()
         writer.writerows(map(dataclasses.asdict, rows))
-    return rows
 
 
 def measure(run: Run, steps: Sequence[int]) -> Iterator[list[Conditioning]]:
