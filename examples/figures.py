@@ -179,12 +179,33 @@ def conditioning_table(rows: Sequence[Conditioning]) -> str:
     return markdown(header, lines)
 
 
-def draw(axes: Axes, x: Sequence[float], values: Iterable[np.ndarray], method: str, **style: str) -> None:
-    """Draws the mean and the range of the values at every x."""
+def conditioning_gains_table(rows: Sequence[Conditioning]) -> str:
+    """Returns how many times better conditioned P'HP is than H: median and range over seeds, after the start."""
+    lines = []
+    for layer in dict.fromkeys(row.layer for row in rows):
+        own = [row for row in rows if (row.layer, row.method) == (layer, "bnp") and row.step > 0]
+        h, php = ({(row.seed, row.step): row for row in own if row.matrix == matrix} for matrix in ("H", "P'HP"))
+        cells = [layer]
+        for number in ("condition_number", "quartile_ratio"):
+            gains = [getattr(h[where], number) / getattr(php[where], number) for where in php]
+            cells.append(f"{np.median(gains):.1f} ({min(gains):.1f} to {max(gains):.1f})")
+        lines.append(cells)
+    return markdown(["layer", "condition number, H / P'HP", "quartile ratio, H / P'HP"], lines)
+
+
+def draw(
+    axes: Axes,
+    x: Sequence[float],
+    values: Iterable[np.ndarray],
+    method: str,
+    middle: Callable[[np.ndarray], float] = np.mean,
+    **style: str,
+) -> None:
+    """Draws the mean, or another middle, and the range of the values at every x."""
     color = COLORS[method]
     line = {"label": NAMES[method], "marker": MARKERS[method]} | style
-    means, lows, highs = zip(*((value.mean(), value.min(), value.max()) for value in values), strict=True)
-    axes.plot(x, means, color=color, markersize=4, **line)  # type: ignore[arg-type]
+    middles, lows, highs = zip(*((middle(value), value.min(), value.max()) for value in values), strict=True)
+    axes.plot(x, middles, color=color, markersize=4, **line)  # type: ignore[arg-type]
     axes.fill_between(x, lows, highs, color=color, alpha=0.2, linewidth=0)
 
 
@@ -276,7 +297,7 @@ def columns_of(cells: Sequence[Cell]) -> int:
 
 
 def along_training(rows: Sequence[Conditioning]) -> Figure:
-    """Condition numbers and quartile ratios of every layer along training."""
+    """Condition numbers and quartile ratios of every layer along training: median and range of the seeds."""
     layers = list(dict.fromkeys(row.layer for row in rows))
     kinds: dict[str, Callable[[Conditioning], float]] = {
         "condition number": lambda row: row.condition_number,
@@ -289,7 +310,7 @@ def along_training(rows: Sequence[Conditioning]) -> Figure:
             steps = sorted({row.step for row in own})
             values = np.array([[value(row) for row in own if row.step == step] for step in steps])
             style = {"linestyle": "--"} if method == "bnp" and matrix == "H" else {}
-            draw(panel, steps, values, method, label=f"{matrix}, {NAMES[method]}", **style)
+            draw(panel, steps, values, method, np.median, label=f"{matrix}, {NAMES[method]}", **style)
         panel.set_xscale("symlog", linthresh=10)
         panel.set(yscale="log", xlabel="steps of training")
     return add_legend(figure, axes)
@@ -330,7 +351,8 @@ def make(results: Path) -> tuple[dict[str, str], dict[str, Figure]]:
     if rows := runs.read(results / "e3.csv"):
         tables["e3"] = recipe_table(rows)
     if spectra := conditioning.read(results / "e4.csv"):
-        tables["e4"], figures["e4"] = conditioning_table(spectra), along_training(spectra)
+        tables["e4"], tables["e4_gains"] = conditioning_table(spectra), conditioning_gains_table(spectra)
+        figures["e4"] = along_training(spectra)
     if not tables:
         raise ValueError(f"{results} holds no CSV file of paper.py; run that first")
     return tables, figures
