@@ -1,10 +1,18 @@
 """Runs the code of the documentation as tests, and adds the options of the tests."""
 
+import os
+from pathlib import Path
+
 import hypothesis
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["*.md"]).pytest()
+
+# The tests' many small programs take longer to compile than to run: worker processes and later calls share them.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 hypothesis.settings.register_profile("bnp", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.load_profile("bnp")
