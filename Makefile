@@ -4,7 +4,7 @@ READY := .venv/ready
 DATA_DIR ?= data
 RESULTS ?= $(if $(QUICK),quick-results,results)
 
-.PHONY: demo test lint paper figures clean
+.PHONY: demo test lint paper figures benchmark clean
 
 demo: $(READY)  ## Train on handwritten digits with SGD, BatchNorm and BNP (ARGS=--help explains the options).
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -23,6 +23,9 @@ paper: $(READY)  ## Run the paper's experiments on the files in DATA_DIR; QUICK=
 
 figures: $(READY)  ## Draw the figures and write the tables of the READMEs from the CSV files.
 	$(BIN)/python examples/figures.py --pages README.md results/README.md
+
+benchmark: $(READY)  ## Measure training steps of SGD, BNP and its peers (ARGS=--help explains the options).
+	PYTHONPATH=examples $(BIN)/python benchmarks/steps.py $(ARGS)
 
 clean:  ## Remove the environment.
 	rm -rf .venv

@@ -1,4 +1,4 @@
-"""The networks of the paper's experiments, each with Batch Normalization, Group Normalization, or neither.
+"""The networks of the paper's experiments, each with batch, group or layer normalization, or none.
 
 All take images ``[n, height, width, channels]`` and return logits ``[n, classes]``. Every linear layer has a bias.
 """
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 
-Normalization = Literal["bn", "gn", "none"]
+Normalization = Literal["bn", "gn", "ln", "none"]
 
 he_normal = nn.initializers.he_normal()
 
@@ -22,6 +22,8 @@ def normalize(kind: Normalization, group_size: int, train: bool, x: jax.Array) -
             return nn.BatchNorm(use_running_average=not train)(x)
         case "gn":
             return nn.GroupNorm(num_groups=None, group_size=group_size)(x)
+        case "ln":
+            return nn.LayerNorm()(x)
         case "none":
             return x
 

@@ -46,30 +46,35 @@ Splits = tuple[np.ndarray, np.ndarray, np.ndarray]  # training, validation, test
 class Block(nn.Module):
     """Causal attention and a multilayer perceptron, each behind a LayerNorm and beside a residual connection."""
 
+    num_heads: int
+
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         """Returns the activations for the next block, and None: it has no other output for `nn.scan` to stack."""
-        attention = nn.MultiHeadDotProductAttention(NUM_HEADS, name="attention")
+        attention = nn.MultiHeadDotProductAttention(self.num_heads, name="attention")
         x = x + attention(nn.LayerNorm()(x), mask=nn.make_causal_mask(x[..., 0]))
-        hidden = nn.relu(nn.Dense(4 * WIDTH)(nn.LayerNorm()(x)))
-        return x + nn.Dense(WIDTH)(hidden), None
+        hidden = nn.relu(nn.Dense(4 * x.shape[-1])(nn.LayerNorm()(x)))
+        return x + nn.Dense(x.shape[-1])(hidden), None
 
 
 class LanguageModel(nn.Module):
     """Predicts every character from those before it."""
 
     num_characters: int
+    width: int = WIDTH
+    num_heads: int = NUM_HEADS
+    num_blocks: int = NUM_BLOCKS
 
     @nn.compact
     def __call__(self, text: jax.Array) -> jax.Array:
         """Returns the logits of each next character."""
-        positions = nn.Embed(LENGTH, WIDTH, name="positions")(jnp.arange(text.shape[-1]))
-        x = nn.Embed(self.num_characters, WIDTH, name="characters")(text) + positions
+        positions = nn.Embed(text.shape[-1], self.width, name="positions")(jnp.arange(text.shape[-1]))
+        x = nn.Embed(self.num_characters, self.width, name="characters")(text) + positions
         # Every block has parameters of its own, and inputs with statistics of their own: both are stacked.
         stack = nn.scan(
-            Block, variable_axes={"params": 0, "intermediates": 0}, split_rngs={"params": True}, length=NUM_BLOCKS
+            Block, variable_axes={"params": 0, "intermediates": 0}, split_rngs={"params": True}, length=self.num_blocks
         )
-        x, _ = stack(name="blocks")(x)
+        x, _ = stack(self.num_heads, name="blocks")(x)
         return nn.Dense(self.num_characters, name="logits")(nn.LayerNorm()(x))
 
 

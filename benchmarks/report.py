@@ -1,0 +1,166 @@
+"""The measured training steps as rows of a CSV file, as a table and as a picture.
+
+``python benchmarks/report.py`` draws the committed files again and fills the tables of docs/performance.md.
+"""
+
+import argparse
+import csv
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import rich
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
+
+import figures
+
+METHODS = ("SGD", "BNP, every 10", "BNP", "BNP+GN", "BN", "GN", "LN", "Adam", "K-FAC", "Muon")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One method on one network at one batch size.
+
+    Attributes:
+      network: its name.
+      batch_size: examples a step.
+      method: how it is trained.
+      milliseconds: a step, median of the rounds.
+      ratio: to SGD of the same round, median; ``ratio_low`` and ``ratio_high`` are its quartiles.
+      ratio_low: see ``ratio``.
+      ratio_high: see ``ratio``.
+      rounds: how many.
+      compile_seconds: once.
+      megabytes: arguments, outputs and temporaries of the compiled step, donated buffers once; in 1e6 bytes.
+      memory_ratio: the same by that of SGD.
+      gigaflops: of a step, as XLA counts them.
+      parameters: of the network as SGD trains it.
+      state_ratio: bytes of the optimizer's and the normalization's state beyond SGD's, by those of the parameters.
+      device: the processor, as JAX names it.
+      dtype: of activations.
+      commit: of the code.
+    """
+
+    network: str
+    batch_size: int
+    method: str
+    milliseconds: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    rounds: int
+    compile_seconds: float
+    megabytes: float
+    memory_ratio: float
+    gigaflops: float
+    parameters: int
+    state_ratio: float
+    device: str
+    dtype: str
+    commit: str
+
+
+def read(path: Path) -> list[Row]:
+    """Reads the rows of a file; none if it does not exist."""
+    if not path.exists():
+        return []
+    types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Row)}
+    with path.open(newline="") as file:
+        return [Row(**{name: types[name](cell) for name, cell in row.items()}) for row in csv.DictReader(file)]
+
+
+def replace(path: Path, rows: Sequence[Row]) -> None:
+    """Writes rows to a file in place of those it has of the same network and batch size."""
+    new = {(row.network, row.batch_size) for row in rows}
+    kept = [row for row in read(path) if (row.network, row.batch_size) not in new]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        for row in (*kept, *rows):
+            cells = dataclasses.asdict(row)
+            writer.writerow({k: f"{cell:.5g}" if isinstance(cell, float) else cell for k, cell in cells.items()})
+
+
+HEADER = ("method", "ms", "by SGD", "quartiles", "compile", "MB", "by SGD", "GFLOP", "state %")
+
+
+def cells(row: Row) -> list[str]:
+    """Returns a row of the table."""
+    numbers = [
+        f"{row.milliseconds:.3g}",
+        f"{row.ratio:.2f}",
+        f"{row.ratio_low:.2f}-{row.ratio_high:.2f}",
+        f"{row.compile_seconds:.1f} s",
+        f"{row.megabytes:.4g}",
+        f"{row.memory_ratio:.3f}",
+        f"{row.gigaflops:.3g}",
+        f"{100 * row.state_ratio:.2f}",
+    ]
+    return [row.method, *("" if number.startswith("nan") else number for number in numbers)]
+
+
+def make_table(name: str, rows: Sequence[Row]) -> Table:
+    """Returns the table of one network and batch size for the terminal."""
+    table = Table(title=name, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for header in HEADER:
+        table.add_column(header, justify="left" if header == "method" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*cells(row))
+    return table
+
+
+def by_case(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Groups the rows of a network and batch size."""
+
+    def case(row: Row) -> str:
+        return f"{row.network}, batch {row.batch_size}"
+
+    return [(name, list(own)) for name, own in itertools.groupby(rows, case)]
+
+
+def make_figure(rows: Sequence[Row]) -> Figure:
+    """Draws the ratios to SGD: median and quartiles, a panel a network and batch size."""
+    cases = by_case(rows)
+    figure, axes = figures.panels([name for name, _ in cases], min(4, len(cases)), "")
+    for panel, (_, own) in zip(axes, cases, strict=True):
+        shown = sorted((row for row in own if row.method in METHODS), key=lambda row: -METHODS.index(row.method))
+        for place, row in enumerate(shown):
+            color = "#0072B2" if row.method.startswith("BNP") else "#555555"
+            panel.barh(place, row.ratio - 1, left=1, color=color, alpha=0.5)
+            panel.plot([row.ratio_low, row.ratio_high], [place, place], color=color)
+        panel.set_yticks(range(len(shown)), labels=[row.method for row in shown])
+        panel.set_xlabel("time of a step by that of SGD")
+        panel.axvline(1, color="black", linewidth=0.8)
+    return figure
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draws the pictures of the CSV files again, and fills the tables of the pages."""
+    parser = argparse.ArgumentParser(
+        description="Draws the measured training steps, and writes their tables into pages.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="folder of the CSV files")
+    parser.add_argument("--pages", nargs="*", type=Path, default=[], metavar="MD", help="pages whose tables to fill")
+    args = parser.parse_args(argv)
+    tables = {}
+    for path in sorted(args.results.glob("steps-*.csv")):
+        rows = read(path)
+        make_figure(rows).savefig(path.with_suffix(".png"), dpi=110)
+        for name, own in by_case(rows):
+            tables[f"{path.stem}-{own[0].network}-{own[0].batch_size}"] = figures.markdown(
+                HEADER, list(map(cells, own))
+            )
+            rich.print(make_table(name, own))
+    for page in args.pages:
+        page.write_text(figures.fill_tables(page.read_text(), tables))
+        rich.print(f"{page}")
+
+
+if __name__ == "__main__":
+    main()
