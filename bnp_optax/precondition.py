@@ -65,7 +65,12 @@ def precondition(
         return kernel * one_over_q2_s, None
     mu = mean[:, :, None, :, None]
     kernel = (kernel - mu * bias[:, :, None, None, :]) * one_over_q2_s
-    mean_step = jnp.einsum("sgi,sgwio->sgo", mean, kernel, precision=jax.lax.Precision.HIGHEST)
+    # One product with the inputs' axis before the window's, as XLA has the gradients of convolutions on CPUs.
+    stack, group, window, inputs, outputs = kernel.shape
+    rows = kernel.swapaxes(2, 3).reshape(stack, group, inputs * window, outputs)
+    mean_step = jnp.einsum(
+        "sgr,sgro->sgo", jnp.repeat(mean, window, axis=-1), rows, precision=jax.lax.Precision.HIGHEST
+    )
     bias = bias / scale[:, None, None] - mean_step
     return kernel, bias
 
