@@ -26,6 +26,7 @@ figures: $(READY)  ## Draw the figures and write the tables of the READMEs from 
 
 benchmark: $(READY)  ## Measure training steps of SGD, BNP and its peers (ARGS=--help explains the options).
 	PYTHONPATH=examples $(BIN)/python benchmarks/steps.py $(ARGS)
+	PYTHONPATH=examples $(BIN)/python benchmarks/report.py --pages docs/performance.md
 
 clean:  ## Remove the environment.
 	rm -rf .venv

@@ -123,6 +123,28 @@ def by_case(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     return [(name, list(own)) for name, own in itertools.groupby(rows, case)]
 
 
+def summary(rows: Sequence[Row], attribute: str, form: str) -> str:
+    """Returns a table in Markdown of one attribute: a row a network and batch size, a column a method."""
+    methods = [method for method in METHODS if any(row.method == method for row in rows)]
+    lines = []
+    for name, own in by_case(rows):
+        values = {row.method: form.format(getattr(row, attribute)) for row in own}
+        lines.append([name, *(values.get(method, "").replace("nan", "") for method in methods)])
+    return figures.markdown(["network", *methods], lines)
+
+
+def make_tables(results: Path) -> dict[str, str]:
+    """Returns the tables in Markdown of all CSV files of a folder."""
+    tables = {}
+    for path in sorted(results.glob("steps-*.csv")):
+        rows = read(path)
+        tables[f"{path.stem}-ms"] = summary(rows, "milliseconds", "{:.3g}")
+        tables[f"{path.stem}-ratio"] = summary(rows, "ratio", "{:.2f}")
+        tables[f"{path.stem}-memory"] = summary(rows, "memory_ratio", "{:.3f}")
+        tables[f"{path.stem}-state"] = summary(rows, "state_ratio", "{:.2%}")
+    return tables
+
+
 def make_figure(rows: Sequence[Row]) -> Figure:
     """Draws the ratios to SGD: median and quartiles, a panel a network and batch size."""
     cases = by_case(rows)
@@ -148,15 +170,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="folder of the CSV files")
     parser.add_argument("--pages", nargs="*", type=Path, default=[], metavar="MD", help="pages whose tables to fill")
     args = parser.parse_args(argv)
-    tables = {}
     for path in sorted(args.results.glob("steps-*.csv")):
-        rows = read(path)
-        make_figure(rows).savefig(path.with_suffix(".png"), dpi=110)
-        for name, own in by_case(rows):
-            tables[f"{path.stem}-{own[0].network}-{own[0].batch_size}"] = figures.markdown(
-                HEADER, list(map(cells, own))
-            )
-            rich.print(make_table(name, own))
+        make_figure(read(path)).savefig(path.with_suffix(".png"), dpi=110)
+        rich.print(f"{path.with_suffix('.png')}")
+    tables = make_tables(args.results)
     for page in args.pages:
         page.write_text(figures.fill_tables(page.read_text(), tables))
         rich.print(f"{page}")

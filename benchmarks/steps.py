@@ -114,9 +114,9 @@ class Contender(NamedTuple):
 
     step: Callable[[Any], Any]
     state: Any
-    compile_seconds: float
-    memory: float
-    flops: float
+    compile_seconds: float = np.nan
+    memory: float = np.nan
+    flops: float = np.nan
 
 
 def make_batch(network: Network, batch_size: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -202,7 +202,7 @@ def prepare_kfac(network: Network, batch_size: int, dtype: jnp.dtype) -> Contend
         params, opt_state, _ = optimizer.step(params, opt_state, key, batch=batch, **fixed)
         return params, {}, opt_state
 
-    return Contender(step, (params, {}, optimizer.init(params, key, batch)), np.nan, np.nan, np.nan)
+    return Contender(step, (params, {}, optimizer.init(params, key, batch)))
 
 
 def take_turns(contenders: dict[str, Contender], seconds: float, advance: Callable[[float], None]) -> np.ndarray:

@@ -1,0 +1,135 @@
+"""Measures how the cost of BNP's two parts grows with a fully connected network: its preconditioner, its moments.
+
+The preconditioner is ``scale_by_bnp``'s update that keeps its statistics, compiled alone; the moments are those of all
+the layers' inputs. Both are timed while the width, the depth or the batch grows tenfold and the others stay.
+"""
+
+import argparse
+import csv
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich
+import rich.progress
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+import bnp_optax as bnp
+import figures
+import runs
+import steps
+from steps import Contender
+
+WIDTH, DEPTH, BATCH_SIZE = 500, 5, 128
+VARIED = {"width": [300, 1000, 3000], "depth": [2, 6, 20], "batch": [100, 300, 1000]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One network.
+
+    Attributes:
+      varied: what grows along the line that it belongs to: "width", "depth" or "batch".
+      size: of that.
+      parameters: of all layers.
+      activations: numbers in the inputs of all layers.
+      precondition_ms: time of the preconditioner, median.
+      moments_ms: time of the moments, median.
+      commit: of the code.
+    """
+
+    varied: str
+    size: int
+    parameters: int
+    activations: int
+    precondition_ms: float
+    moments_ms: float
+    commit: str
+
+
+def precondition(width: int, depth: int) -> Contender:
+    """Compiles the preconditioner of ``depth`` square layers."""
+    names = [f"layer_{number}" for number in range(depth)]
+    layers = bnp.Layers(tuple(bnp.Layer.dense((name, "kernel"), (width, width), bias=(name, "bias")) for name in names))
+    gradients = {name: {"kernel": jnp.ones((width, width)), "bias": jnp.ones(width)} for name in names}
+    tx = bnp.scale_by_bnp(layers)
+
+    def update(state: Any) -> Any:
+        gradients, opt_state = state
+        return tx.update(gradients, opt_state, intermediates=bnp.KEEP_STATISTICS)
+
+    state = (gradients, tx.init(gradients))
+    return Contender(jax.jit(update, donate_argnums=0).lower(state).compile(), state)
+
+
+def moments(width: int, depth: int, batch_size: int) -> Contender:
+    """Compiles the moments of ``depth`` inputs."""
+    inputs = [jax.random.normal(jax.random.key(number), (batch_size, width)) for number in range(depth)]
+    compiled = jax.jit(lambda inputs: [bnp.input_moments(x) for x in inputs]).lower(inputs).compile()
+    return Contender(lambda _: compiled(inputs), None)
+
+
+def measure(seconds: float, sizes: dict[str, list[int]]) -> list[Point]:
+    """Measures all networks in turn."""
+    contenders, networks = dict[str, Contender](), list[tuple[str, int, int, int]]()
+    for varied, size in ((varied, size) for varied, own in sizes.items() for size in own):
+        width, depth, batch_size = ({"width": WIDTH, "depth": DEPTH, "batch": BATCH_SIZE} | {varied: size}).values()
+        networks.append((varied, size, depth * (width + 1) * width, depth * batch_size * width))
+        contenders[f"preconditioner, {varied} {size}"] = precondition(width, depth)
+        contenders[f"moments, {varied} {size}"] = moments(width, depth, batch_size)
+    with rich.progress.Progress() as progress:
+        task = progress.add_task("growth", total=1)
+        times = steps.take_turns(contenders, seconds, lambda done: progress.advance(task, done))
+    medians = 1000 * np.median(times, axis=1).reshape(-1, 2)
+    return [
+        Point(*network, float(precondition_ms), float(moments_ms), runs.commit())
+        for network, (precondition_ms, moments_ms) in zip(networks, medians, strict=True)
+    ]
+
+
+def make_figure(points: list[Point]) -> Figure:
+    """Draws times against numbers of parameters and activations, beside lines in proportion to them."""
+    figure, axes = figures.panels(["preconditioner", "moments"], 2, "time (ms)")
+    for panel, x, y in zip(axes, ("parameters", "activations"), ("precondition_ms", "moments_ms"), strict=True):
+        for varied in VARIED:
+            own = [point for point in points if point.varied == varied]
+            panel.plot([getattr(p, x) for p in own], [getattr(p, y) for p in own], "o-", label=f"growing {varied}")
+        largest = max(points, key=lambda point: getattr(point, x))
+        smallest = min(getattr(point, x) for point in points)
+        ends = [smallest, getattr(largest, x)]
+        panel.plot(ends, [getattr(largest, y) * end / ends[1] for end in ends], "k:", label="in proportion")
+        panel.set(xscale="log", yscale="log", xlabel=x)
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.yaxis.set_minor_formatter("{x:g}")
+    return figures.add_legend(figure, axes)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures, and writes growth.csv and growth.png."""
+    parser = argparse.ArgumentParser(
+        description="Measures how the time of BNP's parts grows with width, depth and batch.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--seconds", type=float, default=60, help="time for the measurements")
+    parser.add_argument("--quick", action="store_true", help="networks a hundredth of the width")
+    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="where the files go")
+    args = parser.parse_args(argv)
+    sizes = VARIED | {"width": [3, 10, 30]} if args.quick else VARIED
+    points = measure(args.seconds, sizes)
+    args.results.mkdir(parents=True, exist_ok=True)
+    with (args.results / "growth.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Point)], lineterminator="\n")
+        writer.writeheader()
+        for point in points:
+            cells = dataclasses.asdict(point)
+            writer.writerow({k: f"{cell:.4g}" if isinstance(cell, float) else cell for k, cell in cells.items()})
+    make_figure(points).savefig(args.results / "growth.png", dpi=110)
+    rich.print(f"{args.results / 'growth.csv'}, {args.results / 'growth.png'}")
+
+
+if __name__ == "__main__":
+    main()
