@@ -5,8 +5,6 @@ the layers' inputs. Both are timed while the width, the depth or the batch grows
 """
 
 import argparse
-import csv
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import rich
 import rich.progress
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
 import bnp_optax as bnp
-import figures
+import report
 import runs
 import steps
+from report import Point
 from steps import Contender
 
 WIDTH, DEPTH, BATCH_SIZE = 500, 5, 128
 VARIED = {"width": [300, 1000, 3000], "depth": [2, 6, 20], "batch": [100, 300, 1000]}
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """One network.
-
-    Attributes:
-      varied: what grows along the line that it belongs to: "width", "depth" or "batch".
-      size: of that.
-      parameters: of all layers.
-      activations: numbers in the inputs of all layers.
-      precondition_ms: time of the preconditioner, median.
-      moments_ms: time of the moments, median.
-      commit: of the code.
-    """
-
-    varied: str
-    size: int
-    parameters: int
-    activations: int
-    precondition_ms: float
-    moments_ms: float
-    commit: str
 
 
 def precondition(width: int, depth: int) -> Contender:
@@ -91,23 +65,6 @@ def measure(seconds: float, sizes: dict[str, list[int]]) -> list[Point]:
     ]
 
 
-def make_figure(points: list[Point]) -> Figure:
-    """Draws times against numbers of parameters and activations, beside lines in proportion to them."""
-    figure, axes = figures.panels(["preconditioner", "moments"], 2, "time (ms)")
-    for panel, x, y in zip(axes, ("parameters", "activations"), ("precondition_ms", "moments_ms"), strict=True):
-        for varied in VARIED:
-            own = [point for point in points if point.varied == varied]
-            panel.plot([getattr(p, x) for p in own], [getattr(p, y) for p in own], "o-", label=f"growing {varied}")
-        largest = max(points, key=lambda point: getattr(point, x))
-        smallest = min(getattr(point, x) for point in points)
-        ends = [smallest, getattr(largest, x)]
-        panel.plot(ends, [getattr(largest, y) * end / ends[1] for end in ends], "k:", label="in proportion")
-        panel.set(xscale="log", yscale="log", xlabel=x)
-        panel.xaxis.set_minor_formatter(NullFormatter())
-        panel.yaxis.set_minor_formatter("{x:g}")
-    return figures.add_legend(figure, axes)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Measures, and writes growth.csv and growth.png."""
     parser = argparse.ArgumentParser(
@@ -120,14 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     sizes = VARIED | {"width": [3, 10, 30]} if args.quick else VARIED
     points = measure(args.seconds, sizes)
-    args.results.mkdir(parents=True, exist_ok=True)
-    with (args.results / "growth.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Point)], lineterminator="\n")
-        writer.writeheader()
-        for point in points:
-            cells = dataclasses.asdict(point)
-            writer.writerow({k: f"{cell:.4g}" if isinstance(cell, float) else cell for k, cell in cells.items()})
-    make_figure(points).savefig(args.results / "growth.png", dpi=110)
+    report.write(args.results / "growth.csv", points)
+    report.make_growth_figure(points).savefig(args.results / "growth.png", dpi=110)
     rich.print(f"{args.results / 'growth.csv'}, {args.results / 'growth.png'}")
 
 

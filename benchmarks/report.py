@@ -1,4 +1,4 @@
-"""The measured training steps as rows of a CSV file, as a table and as a picture.
+"""What the benchmarks measured, as rows of CSV files, as tables and as pictures.
 
 ``python benchmarks/report.py`` draws the committed files again and fills the tables of docs/performance.md.
 """
@@ -9,16 +9,18 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import rich
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from rich import box
 from rich.table import Table
 
 import figures
 
 METHODS = ("SGD", "BNP, every 10", "BNP", "BNP+GN", "BN", "GN", "LN", "Adam", "K-FAC", "Muon")
+LARGEST_RATIO = 1.8  # that the picture shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,29 +66,61 @@ class Row:
     commit: str
 
 
-def read(path: Path) -> list[Row]:
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """The cost of BNP's parts on one network of equal layers.
+
+    Attributes:
+      varied: what grows along the line that it belongs to: "width", "depth" or "batch".
+      size: of that.
+      parameters: of all layers.
+      activations: numbers in the inputs of all layers.
+      precondition_ms: time of the preconditioner, median.
+      moments_ms: time of the moments, median.
+      commit: of the code.
+    """
+
+    varied: str
+    size: int
+    parameters: int
+    activations: int
+    precondition_ms: float
+    moments_ms: float
+    commit: str
+
+
+T = TypeVar("T", Row, Point)
+
+
+def read(path: Path, kind: type[T]) -> list[T]:
     """Reads the rows of a file; none if it does not exist."""
     if not path.exists():
         return []
-    types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Row)}
+    types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}
     with path.open(newline="") as file:
-        return [Row(**{name: types[name](cell) for name, cell in row.items()}) for row in csv.DictReader(file)]
+        return [kind(**{name: types[name](cell) for name, cell in row.items()}) for row in csv.DictReader(file)]
 
 
-def replace(path: Path, rows: Sequence[Row]) -> None:
-    """Writes rows to a file in place of those it has of the same network and batch size."""
-    new = {(row.network, row.batch_size) for row in rows}
-    kept = [row for row in read(path) if (row.network, row.batch_size) not in new]
+def write(path: Path, rows: Sequence[Row] | Sequence[Point]) -> None:
+    """Writes a file, numbers with five digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(rows[0])], lineterminator="\n")
         writer.writeheader()
-        for row in (*kept, *rows):
+        for row in rows:
             cells = dataclasses.asdict(row)
             writer.writerow({k: f"{cell:.5g}" if isinstance(cell, float) else cell for k, cell in cells.items()})
 
 
-HEADER = ("method", "ms", "by SGD", "quartiles", "compile", "MB", "by SGD", "GFLOP", "state %")
+def replace(path: Path, rows: Sequence[Row]) -> list[Row]:
+    """Writes rows to a file in place of those it has of the same network and batch size, and returns all of them."""
+    new = {(row.network, row.batch_size) for row in rows}
+    kept = [row for row in read(path, Row) if (row.network, row.batch_size) not in new]
+    write(path, [*kept, *rows])
+    return read(path, Row)
+
+
+HEADER = ("method", "ms", "by SGD", "quartiles", "compile", "MB", "by SGD")
 
 
 def cells(row: Row) -> list[str]:
@@ -98,8 +132,6 @@ def cells(row: Row) -> list[str]:
         f"{row.compile_seconds:.1f} s",
         f"{row.megabytes:.4g}",
         f"{row.memory_ratio:.3f}",
-        f"{row.gigaflops:.3g}",
-        f"{100 * row.state_ratio:.2f}",
     ]
     return [row.method, *("" if number.startswith("nan") else number for number in numbers)]
 
@@ -137,7 +169,7 @@ def make_tables(results: Path) -> dict[str, str]:
     """Returns the tables in Markdown of all CSV files of a folder."""
     tables = {}
     for path in sorted(results.glob("steps-*.csv")):
-        rows = read(path)
+        rows = read(path, Row)
         tables[f"{path.stem}-ms"] = summary(rows, "milliseconds", "{:.3g}")
         tables[f"{path.stem}-ratio"] = summary(rows, "ratio", "{:.2f}")
         tables[f"{path.stem}-memory"] = summary(rows, "memory_ratio", "{:.3f}")
@@ -155,10 +187,29 @@ def make_figure(rows: Sequence[Row]) -> Figure:
             color = "#0072B2" if row.method.startswith("BNP") else "#555555"
             panel.barh(place, row.ratio - 1, left=1, color=color, alpha=0.5)
             panel.plot([row.ratio_low, row.ratio_high], [place, place], color=color)
+            if row.ratio > LARGEST_RATIO:
+                panel.text(LARGEST_RATIO, place, f"{row.ratio:.3g} ", ha="right", va="center", fontsize=8)
         panel.set_yticks(range(len(shown)), labels=[row.method for row in shown])
-        panel.set_xlabel("time of a step by that of SGD")
+        panel.set(xlabel="time of a step by that of SGD", xlim=(0.8, LARGEST_RATIO))
         panel.axvline(1, color="black", linewidth=0.8)
     return figure
+
+
+def make_growth_figure(points: Sequence[Point]) -> Figure:
+    """Draws times against numbers of parameters and activations, beside lines in proportion to them."""
+    figure, axes = figures.panels(["preconditioner", "moments"], 2, "time (ms)")
+    for panel, x, y in zip(axes, ("parameters", "activations"), ("precondition_ms", "moments_ms"), strict=True):
+        for varied in dict.fromkeys(point.varied for point in points):
+            own = [point for point in points if point.varied == varied]
+            panel.plot([getattr(p, x) for p in own], [getattr(p, y) for p in own], "o-", label=f"growing {varied}")
+        largest = max(points, key=lambda point: getattr(point, x))
+        ends = [min(getattr(point, x) for point in points), getattr(largest, x)]
+        panel.plot(ends, [getattr(largest, y) * end / ends[1] for end in ends], "k:", label="in proportion")
+        panel.set(xscale="log", yscale="log", xlabel=x)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_minor_formatter(NullFormatter())
+        panel.yaxis.set_major_formatter("{x:g}")
+    return figures.add_legend(figure, axes)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -171,8 +222,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pages", nargs="*", type=Path, default=[], metavar="MD", help="pages whose tables to fill")
     args = parser.parse_args(argv)
     for path in sorted(args.results.glob("steps-*.csv")):
-        make_figure(read(path)).savefig(path.with_suffix(".png"), dpi=110)
+        make_figure(read(path, Row)).savefig(path.with_suffix(".png"), dpi=110)
         rich.print(f"{path.with_suffix('.png')}")
+    if points := read(args.results / "growth.csv", Point):
+        make_growth_figure(points).savefig(args.results / "growth.png", dpi=110)
     tables = make_tables(args.results)
     for page in args.pages:
         page.write_text(figures.fill_tables(page.read_text(), tables))

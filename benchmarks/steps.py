@@ -322,8 +322,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     dtype = jnp.dtype("bfloat16" if args.device == "gpu" else "float32")
     for name in args.networks or cases:
         for batch_size in args.batch_sizes or cases.get(name, [32]):
-            report.replace(output, measure(name, batch_size, args.methods, args.seconds, dtype))
-    rows = report.read(output)
+            rows = report.replace(output, measure(name, batch_size, args.methods, args.seconds, dtype))
     for case, own in report.by_case(rows):
         rich.print(report.make_table(case, own))
     report.make_figure(rows).savefig(output.with_suffix(".png"), dpi=110)
