@@ -52,6 +52,13 @@ def test_all_methods_take_turns(tmp_path, monkeypatch, capsys):
     assert "mlp, batch 4" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is an accelerator")
+def test_sizes_for_an_accelerator_need_one(capsys):
+    with pytest.raises(SystemExit):
+        steps.main(["--device", "gpu"])
+    assert "no accelerator" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("method", "moves"), [("BNP", True), ("BNP, kept", False)])
 def test_steps_train_and_statistics_move_where_they_are_recorded(method, moves):
     contender = steps.prepare(TINY, steps.METHODS[method], 4, jnp.dtype("float32"))
