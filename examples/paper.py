@@ -47,7 +47,7 @@ def grid(experiment: str, quick: bool) -> list[Run]:
         model, methods, batch_sizes = "mlp", ["sgd", "bn", "bnp"], [60, 6, 1]
     else:
         data = ["digits"] if quick else ["cifar-10"]
-        model, methods, batch_sizes = "cnn", list(runs.METHODS), [128, 32, 4, 1]
+        model, methods, batch_sizes = "cnn", list(runs.METHODS), [32, 4, 1] if quick else [128, 32, 4, 1]
     combinations = itertools.product(data, batch_sizes, methods)
     return [
         Run(name, model, method, batch_size, 0.0, 0, 0, group_size=GROUP_SIZE)
