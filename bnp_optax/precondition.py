@@ -40,7 +40,7 @@ def precondition(
 
     The sum over ``j`` is computed from the old ``G_w``, whose terms of ``mu[j]^2 / s[j]`` cancel: in
     float32 the bias has an error of about ``1e-7 sum_j mu[j]^2 / s[j]`` of ``G_b``. That is nothing
-    unless an input's mean is a thousand times its deviation; such inputs are better shifted first.
+    unless an input's mean is thousands of times its deviation; such inputs are better shifted first.
 
     Args:
       kernel: gradient of the kernel, ``[stack, group, window, input, output]``.
