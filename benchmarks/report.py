@@ -3,21 +3,19 @@
 ``python benchmarks/report.py`` draws the committed files again and fills the tables of docs/performance.md.
 """
 
-import argparse
 import csv
 import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
-import rich
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from rich import box
 from rich.table import Table
 
 import figures
+import runs
 
 METHODS = ("SGD", "BNP, every 10", "BNP", "BNP+GN", "BN", "GN", "LN", "Adam", "K-FAC", "Muon")
 LARGEST_RATIO = 1.8  # that the picture shows
@@ -89,18 +87,6 @@ class Point:
     commit: str
 
 
-T = TypeVar("T", Row, Point)
-
-
-def read(path: Path, kind: type[T]) -> list[T]:
-    """Reads the rows of a file; none if it does not exist."""
-    if not path.exists():
-        return []
-    types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}
-    with path.open(newline="") as file:
-        return [kind(**{name: types[name](cell) for name, cell in row.items()}) for row in csv.DictReader(file)]
-
-
 def write(path: Path, rows: Sequence[Row] | Sequence[Point]) -> None:
     """Writes a file, numbers with five digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,9 +101,9 @@ def write(path: Path, rows: Sequence[Row] | Sequence[Point]) -> None:
 def replace(path: Path, rows: Sequence[Row]) -> list[Row]:
     """Writes rows to a file in place of those it has of the same network and batch size, and returns all of them."""
     new = {(row.network, row.batch_size) for row in rows}
-    kept = [row for row in read(path, Row) if (row.network, row.batch_size) not in new]
+    kept = [row for row in runs.read_rows(path, Row) if (row.network, row.batch_size) not in new]
     write(path, [*kept, *rows])
-    return read(path, Row)
+    return runs.read_rows(path, Row)
 
 
 HEADER = ("method", "ms", "by SGD", "quartiles", "compile", "MB", "by SGD")
@@ -165,18 +151,6 @@ def summary(rows: Sequence[Row], attribute: str, form: str) -> str:
     return figures.markdown(["network", *methods], lines)
 
 
-def make_tables(results: Path) -> dict[str, str]:
-    """Returns the tables in Markdown of all CSV files of a folder."""
-    tables = {}
-    for path in sorted(results.glob("steps-*.csv")):
-        rows = read(path, Row)
-        tables[f"{path.stem}-ms"] = summary(rows, "milliseconds", "{:.3g}")
-        tables[f"{path.stem}-ratio"] = summary(rows, "ratio", "{:.2f}")
-        tables[f"{path.stem}-memory"] = summary(rows, "memory_ratio", "{:.3f}")
-        tables[f"{path.stem}-state"] = summary(rows, "state_ratio", "{:.2%}")
-    return tables
-
-
 def make_figure(rows: Sequence[Row]) -> Figure:
     """Draws the ratios to SGD: median and quartiles, a panel a network and batch size."""
     cases = by_case(rows)
@@ -212,25 +186,21 @@ def make_growth_figure(points: Sequence[Point]) -> Figure:
     return figures.add_legend(figure, axes)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Draws the pictures of the CSV files again, and fills the tables of the pages."""
-    parser = argparse.ArgumentParser(
-        description="Draws the measured training steps, and writes their tables into pages.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="folder of the CSV files")
-    parser.add_argument("--pages", nargs="*", type=Path, default=[], metavar="MD", help="pages whose tables to fill")
-    args = parser.parse_args(argv)
-    for path in sorted(args.results.glob("steps-*.csv")):
-        make_figure(read(path, Row)).savefig(path.with_suffix(".png"), dpi=110)
-        rich.print(f"{path.with_suffix('.png')}")
-    if points := read(args.results / "growth.csv", Point):
-        make_growth_figure(points).savefig(args.results / "growth.png", dpi=110)
-    tables = make_tables(args.results)
-    for page in args.pages:
-        page.write_text(figures.fill_tables(page.read_text(), tables))
-        rich.print(f"{page}")
+def make(results: Path) -> tuple[dict[str, str], dict[str, Figure]]:
+    """Returns the tables in Markdown and the figures, by name, of the CSV files of a folder."""
+    tables: dict[str, str] = {}
+    drawn: dict[str, Figure] = {}
+    for path in sorted(results.glob("steps-*.csv")):
+        rows, name = runs.read_rows(path, Row), path.stem
+        tables[f"{name}-ms"] = summary(rows, "milliseconds", "{:.3g}")
+        tables[f"{name}-ratio"] = summary(rows, "ratio", "{:.2f}")
+        tables[f"{name}-memory"] = summary(rows, "memory_ratio", "{:.3f}")
+        tables[f"{name}-state"] = summary(rows, "state_ratio", "{:.2%}")
+        drawn[name] = make_figure(rows)
+    if points := runs.read_rows(results / "growth.csv", Point):
+        drawn["growth"] = make_growth_figure(points)
+    return tables, drawn
 
 
 if __name__ == "__main__":
-    main()
+    figures.publish("Draws what the benchmarks measured, and writes their tables into pages.", make)

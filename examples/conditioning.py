@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -66,11 +65,7 @@ class Conditioning:
 
 def read(path: Path) -> list[Conditioning]:
     """Reads the rows of a CSV file; none if it does not exist."""
-    if not path.exists():
-        return []
-    types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Conditioning)}
-    with path.open(newline="") as file:
-        return [Conditioning(**{k: types[k](v) for k, v in row.items()}) for row in csv.DictReader(file)]
+    return runs.read_rows(path, Conditioning)
 
 
 def measure_all(output: Path, seeds: Sequence[int], steps: Sequence[int]) -> list[Conditioning]:

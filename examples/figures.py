@@ -358,12 +358,17 @@ def make(results: Path) -> tuple[dict[str, str], dict[str, Figure]]:
     return tables, figures
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Draws all figures into the folder of the CSV files and fills the tables of the pages."""
-    parser = argparse.ArgumentParser(
-        description="Draws the figures and writes the tables of the paper's experiments from their CSV files.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def publish(
+    description: str, make: Callable[[Path], tuple[dict[str, str], dict[str, Figure]]], argv: list[str] | None = None
+) -> None:
+    """Draws all figures into the folder of the CSV files and fills the tables of the pages, as the arguments say.
+
+    Args:
+      description: of the program, for its help.
+      make: returns the tables and the figures of a folder.
+      argv: the program's arguments.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="folder of the CSV files")
     parser.add_argument("--pages", nargs="*", type=Path, default=[], metavar="MD", help="pages whose tables to fill")
     args = parser.parse_args(argv)
@@ -374,6 +379,11 @@ def main(argv: list[str] | None = None) -> None:
     for page in args.pages:
         page.write_text(fill_tables(page.read_text(), tables))
         rich.print(f"{page}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draws the figures of the paper's experiments and fills their tables."""
+    publish("Draws the figures and writes the tables of the paper's experiments from their CSV files.", make, argv)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ import math
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 METHODS = ("sgd", "bn", "gn", "bnp", "bnp+gn")
 
@@ -140,6 +142,15 @@ def read(path: Path) -> list[Result]:
         run = Run(**{field.name: values.pop(field.name) for field in RUN_FIELDS})
         results.append(Result(run, **values))
     return results
+
+
+def read_rows(path: Path, kind: type[T]) -> list[T]:
+    """Reads the rows of a plain CSV file, whose columns are the fields of a dataclass; none if it does not exist."""
+    if not path.exists():
+        return []
+    types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    with path.open(newline="") as file:
+        return [kind(**{name: types[name](cell) for name, cell in row.items()}) for row in csv.DictReader(file)]
 
 
 def best_rate(results: Iterable[Result]) -> float:

@@ -14,6 +14,7 @@ import figures
 import growth
 import models
 import report
+import runs
 import steps
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +36,7 @@ def test_all_methods_take_turns(tmp_path, monkeypatch, capsys):
     rows = steps.main([*arguments, "--batch-sizes", "4"])  # in place of the old ones
     methods = [*steps.METHODS, "BNP, every 10"]
     assert [(row.batch_size, row.method) for row in rows] == [(size, m) for size in (8, 4) for m in methods]
-    assert rows == report.read(tmp_path / "steps-cpu.csv", report.Row)
+    assert rows == runs.read_rows(tmp_path / "steps-cpu.csv", report.Row)
     by_method = {row.method: row for row in rows[: len(methods)]}
     assert by_method["SGD"].ratio == by_method["SGD"].memory_ratio == 1
     assert all(0 < row.ratio_low <= row.ratio <= row.ratio_high for row in rows)
@@ -84,7 +85,7 @@ def test_rounds_measure_every_contender():
 
 def test_growth(tmp_path, capsys):
     growth.main(["--quick", "--seconds", "0", "--results", str(tmp_path)])
-    points = report.read(tmp_path / "growth.csv", report.Point)
+    points = runs.read_rows(tmp_path / "growth.csv", report.Point)
     assert [point.varied for point in points] == ["width"] * 3 + ["depth"] * 3 + ["batch"] * 3
     assert [point.parameters for point in points[:3]] == [growth.DEPTH * (w + 1) * w for w in (3, 10, 30)]
     assert [point.activations for point in points[-3:]] == [n * growth.DEPTH * growth.WIDTH for n in (100, 300, 1000)]
@@ -93,7 +94,7 @@ def test_growth(tmp_path, capsys):
 
 
 def test_the_page_shows_the_committed_numbers():
-    text, tables = (ROOT / "docs/performance.md").read_text(), report.make_tables(ROOT / "results")
+    text, tables = (ROOT / "docs/performance.md").read_text(), report.make(ROOT / "results")[0]
     assert figures.fill_tables(text, tables) == text, "run python benchmarks/report.py --pages docs/performance.md"
     cells = set(re.findall(r"[\d.]+", "\n".join(tables.values())))
     sentences = re.sub(
