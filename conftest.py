@@ -1,7 +1,8 @@
 """Runs the code of the documentation as tests, and adds the options of the tests."""
 
 import os
-from pathlib import Path
+import shutil
+import tempfile
 
 import hypothesis
 from sybil import Sybil
@@ -9,10 +10,12 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 
 pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["*.md"]).pytest()
 
-# The tests' many small programs take longer to compile than to run: worker processes and later calls share them.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".pytest_cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# The tests' many small programs take longer to compile than to run, so JAX keeps them. It writes them in place, where
+# another process may read half of one: every worker has its own folder, for as long as it lives.
+COMPILED = tempfile.mkdtemp(prefix="bnp_optax-compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 hypothesis.settings.register_profile("bnp", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.load_profile("bnp")
@@ -21,3 +24,8 @@ hypothesis.settings.load_profile("bnp")
 def pytest_addoption(parser):
     """Lets `--fuzz-cases` run more random networks than CI does."""
     parser.addoption("--fuzz-cases", type=int, default=200, help="how many random networks tests/test_fuzz.py tries")
+
+
+def pytest_unconfigure():
+    """Removes the compiled programs."""
+    shutil.rmtree(COMPILED, ignore_errors=True)
