@@ -115,7 +115,7 @@ def measure(run: Run, steps: Sequence[int]) -> Iterator[list[Conditioning]]:
     matrices = {layer.path: layer_matrices(model, layer, standardized, data.labels) for layer in layers.values()}
     for step in steps:
         for _ in range(step - done):
-            state = program.step(rate, state, *next(stream))
+            state = program.step(rate, state, *next(stream), True)
         done = step
         measured = []
         for path, at in matrices.items():

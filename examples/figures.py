@@ -105,7 +105,7 @@ def accuracy_table(cells: Sequence[Cell]) -> str:
                 str(cell.batch_size),
                 NAMES[cell.method],
                 f"{test.mean():.1f}",
-                f"{test.min():.1f} to {test.max():.1f}",
+                range_text(test),
                 f"{np.mean(losses):.2f}",
                 f"{cell.rate:g}",
                 f"{validation:.1f}",
@@ -146,6 +146,28 @@ def defaults_table(results: Sequence[Result]) -> str:
         test = f"{np.mean([result.test_accuracy for result in final]):.1f}" if final else ""
         rows.append([*variant, f"{best:.1f}", f"{rate:g}", window_text(*runs.window(tuning)), test])
     return markdown(["network", "batch", "examples", "method", "options", "validation", "rate", "window", "test"], rows)
+
+
+def refresh_table(cells: Sequence[Cell], refreshed: Sequence[Cell]) -> str:
+    """Returns what BNP reaches where its statistics absorb every batch, and where they absorb one now and then."""
+    every_step = {(cell.data, cell.model, cell.batch_size): cell for cell in cells if cell.method == "bnp"}
+    rows = []
+    for cell in refreshed:
+        key = cell.data, cell.model, cell.batch_size
+        if key in every_step:
+            tests = [own.test_accuracies for own in (every_step[key], cell)]
+            accuracies = [text for test in tests for text in (f"{test.mean():.1f}", range_text(test))]
+            rates = [f"{own.rate:g}" for own in (every_step[key], cell)]
+            network = f"{DATA_NAMES[cell.data]}, {MODEL_NAMES[cell.model]}"
+            rows.append([network, str(cell.batch_size), *accuracies, *rates])
+    every = f"every {refreshed[0].final[0].run.refresh_every}"
+    header = ["network", "batch", "every step", "range", every, "range", "rate, every step", f"rate, {every}"]
+    return markdown(header, rows)
+
+
+def range_text(values: np.ndarray) -> str:
+    """Returns the lowest and the highest of the values as text."""
+    return f"{values.min():.1f} to {values.max():.1f}"
 
 
 def window_text(low: float, high: float) -> str:
@@ -346,6 +368,8 @@ def make(results: Path) -> tuple[dict[str, str], dict[str, Figure]]:
     if by_experiment:
         everything = list(itertools.chain(*by_experiment.values()))
         tables["summary"], figures["batch_size"] = summary_table(everything), by_batch_size(everything)
+        if refreshed := cells(runs.read(results / "refresh.csv")):
+            tables["refresh"] = refresh_table(everything, refreshed)
     if rows := runs.read(results / "defaults.csv"):
         tables["defaults"] = defaults_table(rows)
     if rows := runs.read(results / "e3.csv"):

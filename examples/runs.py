@@ -40,6 +40,7 @@ class Run:
       scaling: BNP's q2, the name of a rule or a number.
       covers: the layers that BNP preconditions: "all", "hidden" (all but the last) or "convolutions".
       bnp_last: precondition after momentum, not before.
+      refresh_every: steps from one batch that BNP's statistics absorb to the next.
       reads_test: whether the test set is read at the end.
     """
 
@@ -61,6 +62,7 @@ class Run:
     scaling: str = "128"
     covers: str = "all"
     bnp_last: bool = False
+    refresh_every: int = 1
     reads_test: bool = False
 
 

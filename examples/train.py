@@ -108,7 +108,7 @@ class Program(NamedTuple):
     """The compiled functions of runs that differ in learning rate and seed alone."""
 
     init: Callable[[jax.Array, jax.Array], State]  # learning rate, key
-    step: Callable[[jax.Array, State, np.ndarray, np.ndarray], State]  # learning rate, state, images, labels
+    step: Callable[[jax.Array, State, np.ndarray, np.ndarray, bool], State]  # rate, state, images, labels, refresh
     evaluate: Callable[[State, np.ndarray, np.ndarray], tuple[jax.Array, jax.Array]]  # summed loss, number right
 
 
@@ -135,19 +135,18 @@ def make_program(run: Run, image_shape: tuple[int, ...], mean: float, deviation:
         params = variables["params"]
         return State(params, variables.get("batch_stats", {}), optimizer(rate).init(params), jnp.zeros(()))
 
-    def step(rate: jax.Array, state: State, x: jax.Array, y: jax.Array) -> State:
+    def step(rate: jax.Array, state: State, x: jax.Array, y: jax.Array, refresh: bool) -> State:
         def loss_fn(params: optax.Params) -> tuple[jax.Array, Any]:
             variables = {"params": params, "batch_stats": state.batch_stats}
-            with bnp.linen.record_inputs() if layers else contextlib.nullcontext():
+            with bnp.linen.record_inputs() if layers and refresh else contextlib.nullcontext():
                 logits, updated = model.apply(
                     variables, standardized(x), train=True, mutable=["batch_stats", "intermediates"]
                 )
             return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), updated
 
         (loss, updated), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        updates, opt_state = optimizer(rate).update(
-            grads, state.opt_state, state.params, intermediates=updated.get("intermediates")
-        )
+        records = updated.get("intermediates") if refresh else bnp.KEEP_STATISTICS
+        updates, opt_state = optimizer(rate).update(grads, state.opt_state, state.params, intermediates=records)
         params = optax.apply_updates(state.params, updates)
         return State(params, updated.get("batch_stats", {}), opt_state, state.loss_sum + loss)
 
@@ -155,7 +154,7 @@ def make_program(run: Run, image_shape: tuple[int, ...], mean: float, deviation:
         logits: Any = model.apply({"params": state.params, "batch_stats": state.batch_stats}, standardized(x))
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).sum(), (logits.argmax(-1) == y).sum()
 
-    return Program(jax.jit(init), jax.jit(step, donate_argnums=1), jax.jit(evaluate))
+    return Program(jax.jit(init), jax.jit(step, static_argnums=4, donate_argnums=1), jax.jit(evaluate))
 
 
 class Examples:
@@ -214,7 +213,7 @@ def train(run: Run, data_dir: Path, evaluations: int = 4, advance: Callable[[int
     curves: tuple[list[float], list[float], list[float]] = ([], [], [])
     last_stop = 0
     for step, (x, y) in enumerate(batches(run, data.train), start=1):
-        state = program.step(rate, state, x, y)
+        state = program.step(rate, state, x, y, (step - 1) % run.refresh_every == 0)
         if step in stops:
             train_loss = float(state.loss_sum) / (step - last_stop)
             for curve, value in zip(curves, (train_loss, *evaluate(program, state, data.validation)), strict=True):
@@ -339,6 +338,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     option("--scaling", default=default["scaling"], metavar="RULE", help="of BNP's q2, or a number of examples")
     option("--covers", default="all", choices=("all", "hidden", "convolutions"), help="BNP's layers")
     option("--bnp-last", action="store_true", help="precondition after momentum, not before")
+    option("--refresh-every", type=int, default=1, metavar="N", help="steps between refreshes of BNP's statistics")
     option("--test", action="store_true", help="classify the test images at the end")
     option("--workers", type=int, default=1, metavar="N", help="processes that share the cores")
     option("--output", type=Path, default=Path("runs.csv"), metavar="CSV", help="file that rows are added to")
@@ -347,8 +347,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--batch-size must lie between 1 and --examples")
     if not all(0 < rate < math.inf for rate in args.lr):
         parser.error("--lr must be positive and finite")
-    if args.workers < 1:
-        parser.error("--workers must be at least 1")
+    for name in ("workers", "refresh_every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return args
 
 

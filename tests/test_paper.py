@@ -288,8 +288,10 @@ def test_schedule_of_the_residual_networks():
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
 
 
-def test_training_is_what_a_plain_loop_does(tmp_path):
-    run = dataclasses.replace(ANY_RUN, momentum=0.9, weight_decay=1e-3, examples=320, reads_test=True)
+@pytest.mark.parametrize("refresh_every", [1, 4])
+def test_training_is_what_a_plain_loop_does(refresh_every):
+    options = {"momentum": 0.9, "weight_decay": 1e-3, "refresh_every": refresh_every, "reads_test": True}
+    run = dataclasses.replace(ANY_RUN, **options)
     data = images.load("digits", Path())
     mean, deviation = data.train.images.mean(), data.train.images.std()
     model = models.MLP()
@@ -302,10 +304,11 @@ def test_training_is_what_a_plain_loop_does(tmp_path):
             logits, recorded = model.apply({"params": params}, x, mutable=["intermediates"])
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), recorded["intermediates"]
 
-    for batch in train.batches(run, data.train):
+    for step, batch in enumerate(train.batches(run, data.train)):
         x = (batch.images.astype(np.float32) - mean) / deviation
         (loss, records), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, x, batch.labels)
-        updates, state = tx.update(grads, state, params, intermediates=records)
+        intermediates = records if step % refresh_every == 0 else bnp.KEEP_STATISTICS
+        updates, state = tx.update(grads, state, params, intermediates=intermediates)
         params = optax.apply_updates(params, updates)
         losses.append(float(loss))
     x = (data.test.images.astype(np.float32) - mean) / deviation
@@ -369,6 +372,7 @@ def test_workers_do_what_one_process_does(tmp_path):
         (["--batch-size", "100", "--examples", "64"], "--batch-size must lie between 1 and --examples"),
         (["--lr", "0"], "--lr must be positive"),
         (["--workers", "0"], "--workers must be at least 1"),
+        (["--refresh-every", "0"], "--refresh-every must be at least 1"),
         (["--method", "adam"], "invalid choice: 'adam'"),
     ],
 )
@@ -400,13 +404,13 @@ def test_the_recipe_of_the_deep_residual_network():
 
 
 def test_the_protocol():
-    for experiment, cells, methods in (("e1", 2 * 3 * 3, 3), ("e2", 4 * 5, 5)):
+    for experiment, cells, methods in (("e1", 2 * 3 * 3, 3), ("e2", 4 * 5, 5), ("refresh", 2 * 3 + 4, 1)):
         grid = paper.grid(experiment, quick=False)
         assert len(grid) == len(set(grid)) == cells
         tuning = paper.with_rates(grid, paper.RATES[experiment], 100)
         assert not any(run.reads_test for run in tuning)
         # every method at every batch size gets the same rates, seeds and examples
-        assert len({(r.data, r.batch_size, r.rate, r.seed, r.examples) for r in tuning}) * methods == len(tuning)
+        assert len({(r.data, r.model, r.batch_size, r.rate, r.seed) for r in tuning}) * methods == len(tuning)
         rates = paper.RATES[experiment]
         assert len(rates) >= 4
         ratios = np.divide(rates[1:], rates[:-1])
