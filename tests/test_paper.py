@@ -410,7 +410,8 @@ def test_the_protocol():
         tuning = paper.with_rates(grid, paper.RATES[experiment], 100)
         assert not any(run.reads_test for run in tuning)
         # every method at every batch size gets the same rates, seeds and examples
-        assert len({(r.data, r.model, r.batch_size, r.rate, r.seed) for r in tuning}) * methods == len(tuning)
+        settings = {(r.data, r.model, r.batch_size, r.rate, r.seed, r.examples) for r in tuning}
+        assert len(settings) * methods == len(tuning)
         rates = paper.RATES[experiment]
         assert len(rates) >= 4
         ratios = np.divide(rates[1:], rates[:-1])
