@@ -198,9 +198,9 @@ def _change_of_variables(
             parameter.to_canonical(part.reshape(parameter.shape))
             for parameter, part in zip(layer.parameters, jnp.split(z, [layer.kernel.size]), strict=False)
         ]
-        parts[0] = parts[0] / (q * jnp.sqrt(s))[:, :, None, :, None]
+        parts[0] = parts[0] / (q * jnp.sqrt(s))[..., None, None]
         if layer.bias is not None:
-            parts[1] = parts[1] / q - jnp.einsum("sgi,sgwio->sgo", mean, parts[0])
+            parts[1] = parts[1] / q - jnp.einsum("sgi,sgiwo->sgo", mean, parts[0])
         own = [parameter.from_canonical(part) for parameter, part in zip(layer.parameters, parts, strict=False)]
         return jnp.concatenate([part.ravel() for part in own])
 

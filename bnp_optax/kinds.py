@@ -83,10 +83,12 @@ def dense_general(
 
 def conv(kernel: tuple[int, ...], groups: int = 1) -> Kind:
     """A convolution, whose kernel has axes ``[*window, input, output]``; groups are outermost in the outputs."""
-    window, outputs = kernel[:-2], (groups, kernel[-1] // groups)
+    window = kernel[:-2]
+    # no axis for a single group, whose reshape would keep XLA from cancelling its transposes of the kernel and ours
+    outputs, roles = ((groups, kernel[-1] // groups), "go") if groups > 1 else (kernel[-1:], "o")
     return Kind(
-        kernel=((*window, kernel[-2], *outputs), "w" * len(window) + "igo"),
-        bias=(outputs, "go"),
+        kernel=((*window, kernel[-2], *outputs), "w" * len(window) + "i" + roles),
+        bias=(outputs, roles),
         groups=groups,
         num_spatial=len(window),
     )

@@ -1,13 +1,14 @@
 """Which parameters form a linear layer, and how to see them in one canonical shape.
 
-Every kernel is seen as ``[stack, group, window, input, output]``, its bias as
+Every kernel is seen as ``[stack, group, input, window, output]``, its bias as
 ``[stack, group, output]`` and the moments of its input as ``[stack, group, input]``, so that
 the preconditioner is one formula for every kind of layer. The axes are
 
 * *stack*: independent copies of the layer that live in one array,
 * *group*: the groups of a grouped convolution (1 elsewhere),
-* *window*: the positions of a convolution's window (1 elsewhere),
-* *input*, *output*: the features that one group reads and writes.
+* *input*, *output*: the features that one group reads and writes,
+* *window*: the positions of a convolution's window (1 elsewhere). It comes after the inputs, as XLA
+  for CPUs has it in the gradient of a convolution, which then needs no copy in another order.
 """
 
 import collections
@@ -22,7 +23,7 @@ from bnp_optax.table import table
 Path = tuple[str, ...]
 
 _LIFTED = "0123456789"
-_ORDER = _LIFTED + "sgwio"
+_ORDER = _LIFTED + "sgiwo"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Parameter:
       >>> import jax.numpy as jnp
       >>> grouped_conv = Parameter(("kernel",), (3, 3, 4, 16), split=(3, 3, 4, 2, 8), roles="wwigo")
       >>> grouped_conv.to_canonical(jnp.zeros((3, 3, 4, 16))).shape
-      (1, 2, 9, 4, 8)
+      (1, 2, 4, 9, 8)
     """
 
     path: Path
@@ -101,7 +102,7 @@ class Parameter:
 
     def to_canonical(self, array: jax.Array) -> jax.Array:
         """Returns the parameter, or its gradient, in canonical shape."""
-        rest = "gwio" if "i" in self.roles else "go"
+        rest = "giwo" if "i" in self.roles else "go"
         shape = [math.prod(self.stack_shape), *(self.axis_size(role) for role in rest)]
         return array.reshape(self.split).transpose(self._order).reshape(shape)
 

@@ -1,6 +1,6 @@
 """The step of the paper for one layer, on arrays in canonical shape.
 
-Shapes are those of :mod:`bnp_optax.layers`: kernels ``[stack, group, window, input, output]``,
+Shapes are those of :mod:`bnp_optax.layers`: kernels ``[stack, group, input, window, output]``,
 biases ``[stack, group, output]``, moments ``[stack, group, input]``, one scale an entry of the
 stack.
 
@@ -43,7 +43,7 @@ def precondition(
     unless an input's mean is thousands of times its deviation; such inputs are better shifted first.
 
     Args:
-      kernel: gradient of the kernel, ``[stack, group, window, input, output]``.
+      kernel: gradient of the kernel, ``[stack, group, input, window, output]``.
       bias: gradient of the bias, ``[stack, group, output]``, or ``None``.
       mean: mu, mean of the layer's input, ``[stack, group, input]``.
       variance: var, its variance, same shape.
@@ -67,19 +67,16 @@ def precondition(
     one_over_q2_s = jnp.where(s > 0, 1 / (scale[:, None, None] * jnp.where(s > 0, s, 1)), 0)
 
     def at_kernel(x: jax.Array) -> jax.Array:
-        return x[:, :, None, :, None]
+        return x[..., None, None]
 
     if bias is None:
         return kernel * at_kernel(one_over_q2_s), None
     new_kernel = (kernel - at_kernel(mean) * bias[:, :, None, None, :]) * at_kernel(one_over_q2_s)
     # sum_j mu[j] G_w[j,i] with the new G_w written out in the old one: so XLA can fuse the new one with what follows,
-    # and it takes no memory. The inputs' axis comes before the window's, as XLA has gradients of convolutions on CPUs.
-    stack, group, window, inputs, outputs = kernel.shape
-    rows = kernel.swapaxes(2, 3).reshape(stack, group, inputs * window, outputs)
+    # and it takes no memory.
+    window = kernel.shape[3]
     weights = mean * one_over_q2_s
-    products = jnp.einsum(
-        "sgr,sgro->sgo", jnp.repeat(weights, window, axis=-1), rows, precision=jax.lax.Precision.HIGHEST
-    )
+    products = jnp.einsum("sgi,sgiwo->sgo", weights, kernel, precision=jax.lax.Precision.HIGHEST)
     mean_step = products - window * (weights * mean).sum(-1, keepdims=True) * bias
     return new_kernel, bias / scale[:, None, None] - mean_step
 

@@ -29,8 +29,8 @@ def test_canonical_is_an_einsum_of_the_roles(axes, where, inputs):
     array = np.arange(math.prod(shape)).reshape(shape)
 
     names = string.ascii_lowercase[: len(roles)]
-    ordered = "".join(names[k] for role in "sgwio" for k in range(len(roles)) if roles[k] == role)
-    expected = np.einsum(f"{names}->{ordered}", array).reshape([parameter.axis_size(role) for role in "sgwio"])
+    ordered = "".join(names[k] for role in "sgiwo" for k in range(len(roles)) if roles[k] == role)
+    expected = np.einsum(f"{names}->{ordered}", array).reshape([parameter.axis_size(role) for role in "sgiwo"])
 
     canonical = parameter.to_canonical(array)
     np.testing.assert_array_equal(canonical, expected)
@@ -50,7 +50,7 @@ def test_lifted_parameter_stacks_its_slices_outermost_transform_first(window, in
     stack = tuple(size for _, size in reversed(lifts))
     assert lifted.stack_shape == (*stack, 1)
     array = np.arange(lifted.size).reshape(lifted.shape)
-    canonical = np.reshape(lifted.to_canonical(array), (*stack, groups, window, inputs, outputs))
+    canonical = np.reshape(lifted.to_canonical(array), (*stack, groups, inputs, window, outputs))
     for entry in np.ndindex(stack):
         part = array
         for axis, k in zip(reversed(axes), entry, strict=True):

@@ -25,6 +25,16 @@ class CNN(nn.Module):
         return nn.Dense(10)(x.reshape(x.shape[0], -1))
 
 
+class WideCNN(nn.Module):
+    """Kernels that are larger than activations: a copy of one in another order would show."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(3):
+            x = nn.relu(nn.Conv(128, (3, 3))(x))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
 class Transformer(nn.Module):
     @nn.compact
     def __call__(self, tokens):
@@ -68,9 +78,10 @@ def compiled_bytes(model, x, preconditioned):
     [
         (MLP(), (64, 784), jnp.float32),
         (CNN(), (64, 32, 32, 3), jnp.float32),
+        (WideCNN(), (2, 8, 8, 128), jnp.float32),
         (Transformer(), (64, 64), jnp.int32),
     ],
-    ids=["mlp", "cnn", "transformer"],
+    ids=["mlp", "cnn", "wide cnn", "transformer"],
 )
 def test_a_step_takes_the_memory_of_plain_sgd(model, shape, dtype):
     x = jax.ShapeDtypeStruct(shape, dtype)
