@@ -98,7 +98,7 @@ NETWORKS = {
     "transformer-large": language_model(width=768, num_heads=12, num_blocks=12, length=512),
 }
 CASES = {  # network and batch sizes
-    "cpu": {"mlp": [60, 512], "cnn": [1, 32, 128], "resnet18-32": [32], "resnet18-224": [32], "transformer": [32]},
+    "cpu": {"mlp": [1, 60, 512], "cnn": [1, 32, 128], "resnet18-32": [32], "resnet18-224": [32], "transformer": [32]},
     "gpu": {
         "mlp": [60, 512, 4096],
         "cnn": [128, 1024],
