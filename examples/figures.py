@@ -148,21 +148,20 @@ def defaults_table(results: Sequence[Result]) -> str:
     return markdown(["network", "batch", "examples", "method", "options", "validation", "rate", "window", "test"], rows)
 
 
-def refresh_table(cells: Sequence[Cell], refreshed: Sequence[Cell]) -> str:
-    """Returns what BNP reaches where its statistics absorb every batch, and where they absorb one now and then."""
-    every_step = {(cell.data, cell.model, cell.batch_size): cell for cell in cells if cell.method == "bnp"}
-    rows = []
-    for cell in refreshed:
-        key = cell.data, cell.model, cell.batch_size
-        if key in every_step:
-            tests = [own.test_accuracies for own in (every_step[key], cell)]
-            accuracies = [text for test in tests for text in (f"{test.mean():.1f}", range_text(test))]
-            rates = [f"{own.rate:g}" for own in (every_step[key], cell)]
-            network = f"{DATA_NAMES[cell.data]}, {MODEL_NAMES[cell.model]}"
-            rows.append([network, str(cell.batch_size), *accuracies, *rates])
-    every = f"every {refreshed[0].final[0].run.refresh_every}"
-    header = ["network", "batch", "every step", "range", every, "range", "rate, every step", f"rate, {every}"]
-    return markdown(header, rows)
+def refresh_table(columns: dict[str, list[Cell]]) -> str:
+    """Returns the test accuracies of BNP, mean and range, a row a network and batch size.
+
+    Args:
+      columns: the cells by how often, and with which decay, BNP's statistics are refreshed.
+    """
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for header, own in columns.items():
+        for cell in own:
+            key = f"{DATA_NAMES[cell.data]}, {MODEL_NAMES[cell.model]}", str(cell.batch_size)
+            test = cell.test_accuracies
+            rows.setdefault(key, {})[header] = f"{test.mean():.1f} ({range_text(test)})"
+    lines = [[*key, *(row.get(header, "") for header in columns)] for key, row in rows.items()]
+    return markdown(["network", "batch", *columns], lines)
 
 
 def range_text(values: np.ndarray) -> str:
@@ -368,8 +367,12 @@ def make(results: Path) -> tuple[dict[str, str], dict[str, Figure]]:
     if by_experiment:
         everything = list(itertools.chain(*by_experiment.values()))
         tables["summary"], figures["batch_size"] = summary_table(everything), by_batch_size(everything)
-        if refreshed := cells(runs.read(results / "refresh.csv")):
-            tables["refresh"] = refresh_table(everything, refreshed)
+        if refreshed := runs.read(results / "refresh.csv"):
+            columns = {"every step": [cell for cell in everything if cell.method == "bnp"]}
+            for every, decay in dict.fromkeys((result.run.refresh_every, result.run.decay) for result in refreshed):
+                same = runs.select(refreshed, refresh_every=every, decay=decay)
+                columns[f"every {every}, decay {decay:g}"] = cells(same)
+            tables["refresh"] = refresh_table(columns)
     if rows := runs.read(results / "defaults.csv"):
         tables["defaults"] = defaults_table(rows)
     if rows := runs.read(results / "e3.csv"):

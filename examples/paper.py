@@ -33,7 +33,7 @@ SEEDS, QUICK_SEEDS = [1, 2, 3], [1]
 EXAMPLES, QUICK_EXAMPLES = 51_200, 4_096  # the first is about an epoch of MNIST or CIFAR-10
 GROUP_SIZE = 8  # the best of 4, 8 and 16 in validation, see the experiment "defaults"
 RECIPE_EXAMPLES = 64_000 * 128
-REFRESH_EVERY = 10  # steps, in the experiment "refresh"
+REFRESHES = [(10, 0.99), (10, 0.9)]  # steps, and the decay: as usual a refresh, or about as usual a step
 EXPERIMENTS, ON_DEMAND = ("e1", "e2", "e4"), ("defaults", "refresh", "e3")
 
 
@@ -47,7 +47,9 @@ def grid(experiment: str, quick: bool) -> list[Run]:
     """
     if experiment == "refresh":
         of_bnp = [cell for name in ("e1", "e2") for cell in grid(name, quick) if cell.method == "bnp"]
-        return [dataclasses.replace(cell, refresh_every=REFRESH_EVERY) for cell in of_bnp]
+        return [
+            dataclasses.replace(cell, refresh_every=every, decay=decay) for every, decay in REFRESHES for cell in of_bnp
+        ]
     if experiment == "e1":
         data = ["digits"] if quick else ["mnist", "cifar-10"]
         model, methods, batch_sizes = "mlp", ["sgd", "bn", "bnp"], [60, 6, 1]

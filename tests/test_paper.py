@@ -404,7 +404,7 @@ def test_the_recipe_of_the_deep_residual_network():
 
 
 def test_the_protocol():
-    for experiment, cells, methods in (("e1", 2 * 3 * 3, 3), ("e2", 4 * 5, 5), ("refresh", 2 * 3 + 4, 1)):
+    for experiment, cells, methods in (("e1", 2 * 3 * 3, 3), ("e2", 4 * 5, 5), ("refresh", 2 * (2 * 3 + 4), 2)):
         grid = paper.grid(experiment, quick=False)
         assert len(grid) == len(set(grid)) == cells
         tuning = paper.with_rates(grid, paper.RATES[experiment], 100)
