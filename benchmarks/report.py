@@ -154,7 +154,7 @@ def summary(rows: Sequence[Row], attribute: str, form: str) -> str:
 def make_figure(rows: Sequence[Row]) -> Figure:
     """Draws the ratios to SGD: median and quartiles, a panel a network and batch size."""
     cases = by_case(rows)
-    figure, axes = figures.panels([name for name, _ in cases], min(4, len(cases)), "")
+    figure, axes = figures.panels([name for name, _ in cases], min(3, len(cases)), "")
     for panel, (_, own) in zip(axes, cases, strict=True):
         shown = sorted((row for row in own if row.method in METHODS), key=lambda row: -METHODS.index(row.method))
         for place, row in enumerate(shown):
