@@ -100,9 +100,14 @@ def write(path: Path, rows: Sequence[Row] | Sequence[Point]) -> None:
 
 def replace(path: Path, rows: Sequence[Row]) -> list[Row]:
     """Writes rows to a file in place of those it has of the same network and batch size, and returns all of them."""
-    new = {(row.network, row.batch_size) for row in rows}
-    kept = [row for row in runs.read_rows(path, Row) if (row.network, row.batch_size) not in new]
-    write(path, [*kept, *rows])
+
+    def case(row: Row) -> tuple[str, int]:
+        return row.network, row.batch_size
+
+    old, new = runs.read_rows(path, Row), set(map(case, rows))
+    places = list(dict.fromkeys(map(case, [*old, *rows])))
+    kept = [row for row in old if case(row) not in new]
+    write(path, sorted([*kept, *rows], key=lambda row: places.index(case(row))))
     return runs.read_rows(path, Row)
 
 

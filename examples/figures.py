@@ -149,19 +149,20 @@ def defaults_table(results: Sequence[Result]) -> str:
 
 
 def refresh_table(columns: dict[str, list[Cell]]) -> str:
-    """Returns the test accuracies of BNP, mean and range, a row a network and batch size.
+    """Returns the test accuracies of BNP and the best ones in validation, a row a network and batch size.
 
     Args:
       columns: the cells by how often, and with which decay, BNP's statistics are refreshed.
     """
-    rows: dict[tuple[str, str], dict[str, str]] = {}
+    rows: dict[tuple[str, str], dict[str, list[str]]] = {}
     for header, own in columns.items():
         for cell in own:
             key = f"{DATA_NAMES[cell.data]}, {MODEL_NAMES[cell.model]}", str(cell.batch_size)
-            test = cell.test_accuracies
-            rows.setdefault(key, {})[header] = f"{test.mean():.1f} ({range_text(test)})"
-    lines = [[*key, *(row.get(header, "") for header in columns)] for key, row in rows.items()]
-    return markdown(["network", "batch", *columns], lines)
+            test, validation = cell.test_accuracies, max(map(runs.final_accuracy, cell.tuning))
+            texts = [f"{test.mean():.1f} ({range_text(test)})", f"{validation:.1f}"]
+            rows.setdefault(key, {})[header] = texts
+    lines = [[*key, *(text for name in columns for text in row.get(name, ["", ""]))] for key, row in rows.items()]
+    return markdown(["network", "batch", *(text for name in columns for text in (name, "validation"))], lines)
 
 
 def range_text(values: np.ndarray) -> str:

@@ -34,7 +34,7 @@ def test_all_methods_take_turns(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(steps.NETWORKS, "mlp", TINY)
     arguments = ["--networks", "mlp", "--seconds", "0", "--results", str(tmp_path)]
     steps.main([*arguments, "--batch-sizes", "8", "4"])
-    rows = steps.main([*arguments, "--batch-sizes", "4"])  # in place of the old ones
+    rows = steps.main([*arguments, "--batch-sizes", "8"])  # in the place of the old ones
     methods = [*steps.METHODS, "BNP, every 10"]
     assert [(row.batch_size, row.method) for row in rows] == [(size, m) for size in (8, 4) for m in methods]
     assert rows == runs.read_rows(tmp_path / "steps-cpu.csv", report.Row)
