@@ -33,7 +33,7 @@ SEEDS, QUICK_SEEDS = [1, 2, 3], [1]
 EXAMPLES, QUICK_EXAMPLES = 51_200, 4_096  # the first is about an epoch of MNIST or CIFAR-10
 GROUP_SIZE = 8  # the best of 4, 8 and 16 in validation, see the experiment "defaults"
 RECIPE_EXAMPLES = 64_000 * 128
-REFRESHES = [(10, 0.99), (10, 0.9)]  # steps, and the decay: as usual a refresh, or about as usual a step
+REFRESHES = [(10, 0.99), (10, 0.9)]  # steps, decay: the default one, and one that forgets about as much in ten steps
 EXPERIMENTS, ON_DEMAND = ("e1", "e2", "e4"), ("defaults", "refresh", "e3")
 
 
