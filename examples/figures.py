@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 import conditioning
 import runs
 from conditioning import Conditioning
-from runs import Result
+from runs import Result, Run
 
 NAMES = {"sgd": "SGD", "bn": "BN", "gn": "GN", "bnp": "BNP", "bnp+gn": "BNP+GN"}
 COLORS = {"sgd": "#555555", "bn": "#E69F00", "gn": "#009E73", "bnp": "#0072B2", "bnp+gn": "#56B4E9"}
@@ -44,6 +44,11 @@ class Cell(NamedTuple):
     def rate(self) -> float:
         """The learning rate that was best in validation."""
         return runs.best_rate(self.tuning)
+
+    @property
+    def validation(self) -> float:
+        """The validation accuracy at that rate, in percent."""
+        return max(map(runs.final_accuracy, self.tuning))
 
     @property
     def test_accuracies(self) -> np.ndarray:
@@ -74,11 +79,16 @@ def cells(results: Sequence[Result]) -> list[Cell]:
     )
 
 
+def network_name(what: Cell | Run) -> str:
+    """Returns the data set and the network as text."""
+    return f"{DATA_NAMES[what.data]}, {MODEL_NAMES[what.model]}"
+
+
 def groups(cells: Sequence[Cell], by_batch_size: bool) -> Iterator[tuple[str, list[Cell]]]:
     """Yields the title and the cells of every panel."""
 
     def title(cell: Cell) -> str:
-        network = f"{DATA_NAMES[cell.data]}, {MODEL_NAMES[cell.model]}"
+        network = network_name(cell)
         return f"{network}\nbatch size {cell.batch_size}" if by_batch_size else network
 
     for name, members in itertools.groupby(cells, title):
@@ -97,7 +107,6 @@ def accuracy_table(cells: Sequence[Cell]) -> str:
     for cell in cells:
         test, losses = cell.test_accuracies, [result.train_loss[-1] for result in cell.final]
         low, high = runs.window(cell.tuning)
-        validation = max(map(runs.final_accuracy, cell.tuning))
         diverged = sum(result.diverged for result in cell.tuning)
         rows.append(
             [
@@ -108,7 +117,7 @@ def accuracy_table(cells: Sequence[Cell]) -> str:
                 range_text(test),
                 f"{np.mean(losses):.2f}",
                 f"{cell.rate:g}",
-                f"{validation:.1f}",
+                f"{cell.validation:.1f}",
                 window_text(low, high),
                 f"{diverged} of {len(cell.tuning)}",
             ]
@@ -136,8 +145,8 @@ def defaults_table(results: Sequence[Result]) -> str:
         run = result.run
         changed = [f"{name}={getattr(run, name)}" for name in options if getattr(run, name) != standard[name]]
         first = f"group_size={run.group_size}" if run.method == "gn" else f"scaling={run.scaling}"
-        network = f"{DATA_NAMES[run.data]}, {MODEL_NAMES[run.model]}"
-        cells = (network, str(run.batch_size), f"{run.examples:,}", NAMES[run.method], ", ".join([first, *changed]))
+        options_text = ", ".join([first, *changed])
+        cells = (network_name(run), str(run.batch_size), f"{run.examples:,}", NAMES[run.method], options_text)
         by_variant.setdefault(cells, []).append(result)
     rows = []
     for variant, own in by_variant.items():
@@ -157,9 +166,8 @@ def refresh_table(columns: dict[str, list[Cell]]) -> str:
     rows: dict[tuple[str, str], dict[str, list[str]]] = {}
     for header, own in columns.items():
         for cell in own:
-            key = f"{DATA_NAMES[cell.data]}, {MODEL_NAMES[cell.model]}", str(cell.batch_size)
-            test, validation = cell.test_accuracies, max(map(runs.final_accuracy, cell.tuning))
-            texts = [f"{test.mean():.1f} ({range_text(test)})", f"{validation:.1f}"]
+            key, test = (network_name(cell), str(cell.batch_size)), cell.test_accuracies
+            texts = [f"{test.mean():.1f} ({range_text(test)})", f"{cell.validation:.1f}"]
             rows.setdefault(key, {})[header] = texts
     lines = [[*key, *(text for name in columns for text in row.get(name, ["", ""]))] for key, row in rows.items()]
     return markdown(["network", "batch", *(text for name in columns for text in (name, "validation"))], lines)
