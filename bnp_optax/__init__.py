@@ -1,22 +1,25 @@
 """Batch Normalization Preconditioning as an Optax gradient transformation."""
 
 from bnp_optax import linen, nnx
-from bnp_optax.alias import bnp_sgd
+from bnp_optax.bnp import KEEP_STATISTICS, PreconditionedState, bnp_sgd, preconditioned, scale_by_bnp
 from bnp_optax.layers import Layer, Layers, LeftAlone, Parameter
 from bnp_optax.moments import InputMoments, input_moments
-from bnp_optax.transform import KEEP_STATISTICS, ScaleByBNPState, scale_by_bnp
+from bnp_optax.statistics import LayerStatistics, Statistics
 
 __all__ = [
     "KEEP_STATISTICS",
     "InputMoments",
     "Layer",
+    "LayerStatistics",
     "Layers",
     "LeftAlone",
     "Parameter",
-    "ScaleByBNPState",
+    "PreconditionedState",
+    "Statistics",
     "bnp_sgd",
     "input_moments",
     "linen",
     "nnx",
+    "preconditioned",
     "scale_by_bnp",
 ]

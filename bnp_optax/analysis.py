@@ -21,8 +21,10 @@ import jax.flatten_util
 import jax.numpy as jnp
 import optax
 
+from bnp_optax.coordinates import Coordinates
 from bnp_optax.layers import Layer, Path
-from bnp_optax.transform import ScaleByBNPState
+from bnp_optax.statistics import Statistics, coordinates, tabulate
+from bnp_optax.trees import Weights, as_path, from_canonical, to_canonical
 
 try:
     from matfree import decomp, eig
@@ -32,40 +34,40 @@ except ImportError as error:
 LossFn = Callable[[optax.Params], jax.Array]
 
 
-def preconditioner(layer: Layer, state: ScaleByBNPState, eps_relative: float = 1e-2, eps: float = 1e-4) -> jax.Array:
+def preconditioner(layer: Layer, statistics: Statistics) -> jax.Array:
     """Returns the matrix P of one layer, such that the gradient ``g`` of its parameters becomes ``P P' g``.
 
-    For every output unit, with ``s = var + eps1 max(var) + eps2`` and the scale q2 of the last recorded batch::
+    For every output unit, with ``sd = sqrt(var + eps1 max(var) + eps2)`` and the scale q2 of the last recorded batch::
 
-        P = (1/q) [1 -mu'; 0 I] [1 0; 0 diag(1/sqrt(s))]        on [bias; weights]
+        P = (1/q) [1 -mu'; 0 I] [1 0; 0 diag(1/sd)]        on [bias; weights]
 
-    and, without a bias, ``P = (1/q) diag(1/sqrt(s))`` with the second moment ``var + mu^2`` for ``var``.
+    and, without a bias, ``P = (1/q) diag(1/sd)`` with the second moment ``var + mu^2`` for ``var``. The statistics know
+    the damping that they were absorbed with.
 
     Args:
       layer: the layer.
-      state: the state of :func:`~bnp_optax.scale_by_bnp`, itself and not that of a chain around it.
-      eps_relative: eps1, as given to :func:`~bnp_optax.scale_by_bnp`.
-      eps: eps2, as given there.
+      statistics: the state of :func:`~bnp_optax.scale_by_bnp`, itself and not that of a chain around it, or
+        ``state.statistics`` of :func:`~bnp_optax.preconditioned`.
 
     Returns:
       P, ``[n, n]`` for a layer of n parameters, in the dtype of the statistics.
 
     Raises:
-      ValueError: if the state does not hold the layer.
+      ValueError: if the statistics do not hold the layer.
 
     Example:
+      >>> import dataclasses
       >>> import bnp_optax as bnp
       >>> layer = bnp.Layer.dense(("w",), (2, 1), bias=("b",))
-      >>> params = {"w": jnp.ones((2, 1)), "b": jnp.ones(1)}
-      >>> state = bnp.scale_by_bnp(bnp.Layers((layer,))).init(params)
-      >>> state = state._replace(mean={"w": jnp.array([[[3.0, 5.0]]]), "b": 0})
-      >>> preconditioner(layer, state, eps_relative=0.0, eps=0.0)
+      >>> tx = bnp.scale_by_bnp(bnp.Layers((layer,)), eps_relative=0.0, eps=0.0)
+      >>> statistics = tx.init({"w": jnp.ones((2, 1)), "b": jnp.ones(1)})
+      >>> preconditioner(layer, dataclasses.replace(statistics, mean=jnp.array([3.0, 5.0])))
       Array([[ 1.,  0.,  0.],
              [ 0.,  1.,  0.],
              [-3., -5.,  1.]], dtype=float32)
     """
-    to_parameters = _change_of_variables(layer, state, eps_relative, eps)
-    matrix: jax.Array = jax.jacfwd(to_parameters)(_zeros(layer, _leaf(state.mean, layer.kernel.path).dtype))
+    from_z = _change_of_variables(layer, statistics)
+    matrix: jax.Array = jax.jacfwd(from_z)(_zeros(layer, statistics.mean.dtype))
     return matrix
 
 
@@ -130,9 +132,7 @@ def top_eigenvalue(
     loss_fn: LossFn,
     params: optax.Params,
     layer: Layer,
-    state: ScaleByBNPState | None = None,
-    eps_relative: float = 1e-2,
-    eps: float = 1e-4,
+    statistics: Statistics | None = None,
     *,
     products: int = 20,
     seed: int = 0,
@@ -147,9 +147,7 @@ def top_eigenvalue(
       loss_fn: a function of all parameters whose value is a scalar.
       params: where the Hessian is taken.
       layer: the layer; the other parameters are constants.
-      state: the state of :func:`~bnp_optax.scale_by_bnp`, for P'HP; ``None`` for H.
-      eps_relative: eps1, as given to :func:`~bnp_optax.scale_by_bnp`.
-      eps: eps2, as given there.
+      statistics: as for :func:`preconditioner`, for P'HP; ``None`` for H.
       products: how many products of the matrix with a vector are computed; memory grows with it times n.
       seed: of the random vector.
 
@@ -157,7 +155,7 @@ def top_eigenvalue(
       A scalar, in the dtype of the parameters.
 
     Raises:
-      ValueError: if the parameters or the state do not hold the layer.
+      ValueError: if the parameters or the statistics do not hold the layer.
 
     Example:
       >>> import bnp_optax as bnp
@@ -168,13 +166,13 @@ def top_eigenvalue(
     """
     zeros = _zeros(layer, _leaf(params, layer.kernel.path).dtype)
     product = _hessian_product(loss_fn, params, layer)
-    if state is not None:
-        to_parameters = _change_of_variables(layer, state, eps_relative, eps)
-        to_variables = jax.linear_transpose(to_parameters, zeros)
-        in_parameters = product
+    if statistics is not None:
+        from_z = _change_of_variables(layer, statistics)
+        transposed = jax.linear_transpose(from_z, zeros)
+        product_of_h = product
 
         def product(z: jax.Array) -> jax.Array:
-            transformed: jax.Array = to_variables(in_parameters(to_parameters(z)))[0]
+            transformed: jax.Array = transposed(product_of_h(from_z(z)))[0]
             return transformed
 
     start = jax.random.normal(jax.random.key(seed), zeros.shape, zeros.dtype)
@@ -184,27 +182,23 @@ def top_eigenvalue(
     return largest
 
 
-def _change_of_variables(
-    layer: Layer, state: ScaleByBNPState, eps_relative: float, eps: float
-) -> Callable[[jax.Array], jax.Array]:
+def _change_of_variables(layer: Layer, statistics: Statistics) -> Callable[[jax.Array], jax.Array]:
     """Returns the linear function z -> P z on a layer's vectors."""
-    mean, variance, q2 = (_leaf(field, layer.kernel.path) for field in (state.mean, state.variance, state.scale))
-    moment = variance + jnp.square(mean) if layer.bias is None else variance
-    s = moment + eps_relative * moment.max(axis=-1, keepdims=True) + eps
-    q = jnp.sqrt(q2)[:, None, None]
+    if not isinstance(statistics, Statistics) or layer.path not in set(statistics):
+        raise ValueError(
+            f"The statistics hold no {layer.kernel.name}. Pass the state of scale_by_bnp itself (in a chain, its place "
+            "in the tuple of states), or the statistics of that of preconditioned."
+        )
+    of_layer: Coordinates = coordinates(statistics.packing, tabulate(statistics, {layer.path: layer}), layer.path)
 
-    def to_parameters(z: jax.Array) -> jax.Array:
-        parts = [
-            parameter.to_canonical(part.reshape(parameter.shape))
-            for parameter, part in zip(layer.parameters, jnp.split(z, [layer.kernel.size]), strict=False)
-        ]
-        parts[0] = parts[0] / (q * jnp.sqrt(s))[..., None, None]
-        if layer.bias is not None:
-            parts[1] = parts[1] / q - jnp.einsum("sgi,sgiwo->sgo", mean, parts[0])
-        own = [parameter.from_canonical(part) for parameter, part in zip(layer.parameters, parts, strict=False)]
-        return jnp.concatenate([part.ravel() for part in own])
+    def from_z(z: jax.Array) -> jax.Array:
+        kernel, rest = jnp.split(z, [layer.kernel.size])
+        bias = None if layer.bias is None else rest.reshape(layer.bias.shape)
+        own = Weights(kernel.reshape(layer.kernel.shape), bias)
+        new = from_canonical(layer, of_layer.from_z(to_canonical(layer, own, z.dtype)), own)
+        return jnp.concatenate([jnp.ravel(x) for x in new if x is not None])
 
-    return to_parameters
+    return from_z
 
 
 def _hessian_product(loss_fn: LossFn, params: optax.Params, layer: Layer) -> Callable[[jax.Array], jax.Array]:
@@ -214,7 +208,7 @@ def _hessian_product(loss_fn: LossFn, params: optax.Params, layer: Layer) -> Cal
 
     def loss_of_layer(vector: jax.Array) -> jax.Array:
         own = dict(zip(values, unravel(vector), strict=True))
-        return loss_fn(jax.tree_util.tree_map_with_path(lambda keys, leaf: own.get(_path(keys), leaf), params))
+        return loss_fn(jax.tree_util.tree_map_with_path(lambda keys, leaf: own.get(as_path(keys), leaf), params))
 
     def product(v: jax.Array) -> jax.Array:
         _, derivative = jax.jvp(jax.grad(loss_of_layer), (vector,), (v,))
@@ -229,13 +223,6 @@ def _zeros(layer: Layer, dtype: Any) -> jax.Array:
 
 def _leaf(tree: Any, path: Path) -> Any:
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if _path(keys) == path:
+        if as_path(keys) == path:
             return leaf
-    raise ValueError(
-        f"The tree holds no {'/'.join(path)}. Pass the parameters that find_layers described, and the state of "
-        "scale_by_bnp itself (in a chain, its place in the tuple of states)."
-    )
-
-
-def _path(keys: tuple[Any, ...]) -> Path:
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+    raise ValueError(f"The tree holds no {'/'.join(path)}. Pass the parameters that find_layers described.")

@@ -13,7 +13,7 @@ def with_auto_axes(function: Callable[..., Any], *args: Any, like: Any = None) -
     Args:
       function: a function of arrays, which it must not close over.
       *args: its arguments, trees of arrays.
-      like: a tree of arrays, whose sharding the results get; ``None`` replicates them.
+      like: a tree of arrays, whose sharding the results get, or of PartitionSpecs; ``None`` replicates them.
 
     Returns:
       What it returns. Without explicit axes this is just the call.
@@ -22,6 +22,8 @@ def with_auto_axes(function: Callable[..., Any], *args: Any, like: Any = None) -
     mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
     if mesh is None:
         return function(*args)
-    specs = PartitionSpec() if like is None else jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, like)
-    out = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    out = jax.tree.map(
+        lambda leaf: NamedSharding(mesh, leaf if isinstance(leaf, PartitionSpec) else jax.typeof(leaf).sharding.spec),
+        PartitionSpec() if like is None else like,
+    )
     return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=out)(*args)

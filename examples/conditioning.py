@@ -145,9 +145,10 @@ def layer_matrices(
             return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(y)))
 
         hessian = analysis.hessian(loss_fn, state.params, layer)
-        if not isinstance(state.opt_state[0], bnp.ScaleByBNPState):
+        statistics = state.opt_state[0]
+        if not isinstance(statistics, bnp.Statistics):
             return {"H": hessian}
-        preconditioner = analysis.preconditioner(layer, state.opt_state[0])
+        preconditioner = analysis.preconditioner(layer, statistics)
         return {"H": hessian, "P'HP": preconditioner.T @ hessian @ preconditioner}
 
     return at

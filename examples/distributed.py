@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     option("--process-id", type=int, metavar="K", help="which of them this is, from 0")
     option("--epochs", type=int, default=5, metavar="N", help=f"passes over the {NUM_TRAIN} training examples")
     option("--batch-size", type=int, default=64, metavar="N", help="examples a step, on all devices together")
-    option("--rate", type=float, default=0.1, help="learning rate")
+    option("--rate", type=float, default=0.01, help="learning rate")
     option("--output", type=Path, metavar="NPZ", help="where the first process saves the parameters")
     args = parser.parse_args(argv)
     cluster = (args.coordinator, args.num_processes, args.process_id)

@@ -1,9 +1,9 @@
-"""A character-level transformer with SGD and with Adam, each with and without BNP before it.
+"""A character-level transformer by SGD, Adam and Muon, each plain and in BNP's variables.
 
-A small causal language model, its blocks stacked by ``nn.scan``, learns Python's own documentation by four methods:
-SGD with momentum, Adam, and either of them on gradients that BNP has preconditioned. All take the same number of steps
-from the same parameters and on the same batches; those with and without BNP share a grid of learning rates. One half of
-the held-out text chooses the learning rate, the other gives the loss that is reported.
+A small causal language model, its blocks stacked by ``nn.scan``, learns Python's own documentation by three optimizers,
+each as it is and inside ``bnp_optax.preconditioned``. All take the same number of steps from the same parameters and on
+the same batches; an optimizer has one grid of learning rates for both. One half of the held-out text chooses the
+learning rate, the other gives the loss that is reported.
 
 The text is what ``help("while")`` and its like print, English with code. It comes with Python, as the data of the
 standard library's ``pydoc_data.topics``, so nothing is downloaded; it varies a little between versions of Python.
@@ -12,6 +12,7 @@ Run it with ``python examples/transformer.py``; ``--help`` lists the options.
 """
 
 import argparse
+import csv
 import functools
 import itertools
 from collections.abc import Callable
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from matplotlib.figure import Figure
 from rich import box
 from rich import print as rich_print
@@ -35,9 +37,8 @@ BATCH_SIZE, LENGTH = 16, 64
 NUM_BLOCKS, NUM_HEADS, WIDTH = 2, 2, 32
 NUM_EVALUATIONS = 10  # along a run
 WORKING_MARGIN = 0.1  # nats per character
-# Both multiply by the learning rate last. That is left to the step, so that it is compiled once for the whole grid.
-OPTIMIZERS = {"SGD": optax.sgd(1.0, momentum=0.9), "Adam": optax.adam(1.0)}
-COLORS = {"SGD": "#555555", "BNP + SGD": "#0072B2", "Adam": "#E69F00", "BNP + Adam": "#009E73"}
+MUON_ADAM_FACTOR = 0.1  # of Adam's learning rate, for what is no kernel, by Muon's
+COLORS = {"SGD": "#555555", "Adam": "#E69F00", "Muon": "#0072B2"}
 
 State = tuple[optax.Params, optax.OptState]
 Splits = tuple[np.ndarray, np.ndarray, np.ndarray]  # training, validation, test
@@ -150,6 +151,30 @@ def train(
     return Result(rates, steps[1:], curves, final, test_losses, int(final.argmin()))
 
 
+def kernel_matrices(params: optax.Params) -> Any:
+    """Returns how each kernel is a matrix, or a stack of them, for Muon; None for what Adam is to train."""
+
+    def of_parameter(keys: tuple[Any, ...], leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        path = jax.tree_util.keystr(keys, simple=True, separator="/").split("/")
+        if path[-1] != "kernel":
+            return None
+        first = 1 if path[0] == "blocks" else 0
+        # the projections of attention have two axes for the heads: of outputs, or, behind them, of inputs
+        num_inputs = 2 if path[-2] == "out" else 1
+        inputs, outputs = range(first, first + num_inputs), range(first + num_inputs, leaf.ndim)
+        return optax.contrib.MuonDimensionNumbers(tuple(inputs), tuple(outputs))
+
+    return jax.tree_util.tree_map_with_path(of_parameter, params)
+
+
+# All multiply by the learning rate last. That is left to the step, so that it is compiled once for the whole grid.
+OPTIMIZERS = {
+    "SGD": optax.sgd(1.0, momentum=0.9),
+    "Adam": optax.adam(1.0),
+    "Muon": optax.contrib.muon(1.0, adam_learning_rate=MUON_ADAM_FACTOR, muon_weight_dimension_numbers=kernel_matrices),
+}
+
+
 def make_table(name: str, results: dict[str, Result]) -> Table:
     """Tabulates the methods that end in one optimizer, and so share a grid of learning rates."""
     title = f"Loss with {name} (nats per character)"
@@ -163,13 +188,26 @@ def make_table(name: str, results: dict[str, Result]) -> Table:
     return table
 
 
+def save(path: Path, results: dict[str, Result], steps: int, seed: int) -> None:
+    """Writes a CSV file with a row a method and learning rate."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["method", "steps", "seed", "rate", "validation", "test"])
+        for method, result in results.items():
+            for rate, *losses in zip(result.rates, result.validation, result.test, strict=True):
+                writer.writerow([method, steps, seed, rate, *(f"{loss:.4f}" for loss in losses)])
+
+
 def make_figure(results: dict[str, Result]) -> Figure:
     """Draws the validation loss along training, for each method at its best learning rate."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for method, result in results.items():
         label = f"{method}, rate {result.rates[result.best]:g}"
-        axes.plot(result.steps, result.curves[:, result.best], "o-", color=COLORS[method], markersize=4, label=label)
+        name = next(name for name in COLORS if name in method)
+        style = "-" if method.startswith("BNP") else ":"
+        curve = result.curves[:, result.best]
+        axes.plot(result.steps, curve, f"o{style}", color=COLORS[name], markersize=4, label=label)
     axes.set(xlabel="steps", ylabel="validation loss (nats per character)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -178,21 +216,22 @@ def make_figure(results: dict[str, Result]) -> Figure:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Trains a small transformer on Python's documentation with SGD and Adam, with and without BNP.",
+        description="Trains a small transformer on Python's documentation with SGD, Adam and Muon, plain and with BNP.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    option, sgd_rates, adam_rates = parser.add_argument, [0.03, 0.1, 0.3, 1.0], [0.001, 0.003, 0.01, 0.03]
+    option, sgd_rates, adam_rates = parser.add_argument, [0.003, 0.01, 0.03, 0.1, 0.3], [0.001, 0.003, 0.01, 0.03, 0.1]
     option("--steps", type=int, default=500, metavar="N", help=f"steps a run, of {BATCH_SIZE} x {LENGTH} characters")
     option("--sgd-rates", nargs="+", type=float, default=sgd_rates, metavar="RATE", help="learning rates of SGD")
     option("--adam-rates", nargs="+", type=float, default=adam_rates, metavar="RATE", help="learning rates of Adam")
-    option("--scaling", default="examples", choices=["examples", "positions", "bound", "none"], help="scaling of BNP")
+    option("--muon-rates", nargs="+", type=float, default=adam_rates, metavar="RATE", help="learning rates of Muon")
     option("--seed", type=int, default=0, metavar="N", help="of the initial parameters and the batches")
+    option("--csv", type=Path, metavar="CSV", help="file for the losses at every learning rate")
     option("--output", type=Path, default=Path("transformer.png"), metavar="PNG", help="picture of the training curves")
     args = parser.parse_args(argv)
     if args.steps < 1 or not 0 <= args.seed < 2**32:
         parser.error("--steps must be at least 1, and --seed lie between 0 and 2**32 - 1")
-    if not all(0 < rate < float("inf") for rate in (*args.sgd_rates, *args.adam_rates)):
-        parser.error("--sgd-rates and --adam-rates must be positive and finite")
+    if not all(0 < rate < float("inf") for rate in (*args.sgd_rates, *args.adam_rates, *args.muon_rates)):
+        parser.error("--sgd-rates, --adam-rates and --muon-rates must be positive and finite")
     if args.output.suffix != ".png" or not args.output.parent.is_dir():
         parser.error("--output must be a .png file in a directory that exists")
     return args
@@ -206,27 +245,27 @@ def main(argv: list[str] | None = None) -> dict[str, Result]:
     initial = jax.jit(model.init)(jax.random.key(args.seed), example)["params"]
     layers = bnp.linen.find_layers(model, example)
     print(layers, end="\n\n")
-    # Why "examples" by default: mean validation loss of seeds 0 to 2, each at its best of four learning rates. Before
-    # SGD "examples" 2.38, "bound" (from 1 to 30) 2.39, "positions" 2.40; without BNP 2.44. Before Adam, which undoes
-    # constant factors, "examples" 2.16, "positions" 2.17; without BNP 2.20. Seeds differ by 0.03 with SGD and BNP.
-    before = {
-        "": optax.with_extra_args_support(optax.identity()),  # takes the records and ignores them
-        "BNP + ": bnp.scale_by_bnp(layers, scaling=args.scaling),
-    }
-    rates, results = {"SGD": args.sgd_rates, "Adam": args.adam_rates}, dict[str, Result]()
+    rates = {"SGD": args.sgd_rates, "Adam": args.adam_rates, "Muon": args.muon_rates}
+    methods = {}
+    for name, optimizer in OPTIMIZERS.items():
+        methods[name] = name, optax.with_extra_args_support(optimizer)  # takes the records and ignores them
+        # Examples are batches of whole texts: 16 in a step would be divided by the root of 8 under the default scaling.
+        methods[f"BNP({name})"] = name, bnp.preconditioned(optimizer, layers, scaling="none")
+    results: dict[str, Result] = {}
     with Progress() as progress:
-        task = progress.add_task("", total=len(before) * args.steps * sum(map(len, rates.values())))
+        task = progress.add_task("", total=2 * args.steps * sum(map(len, rates.values())))
         advance = functools.partial(progress.advance, task)
-        for (name, optimizer), (prefix, first) in itertools.product(OPTIMIZERS.items(), before.items()):
-            progress.update(task, description=prefix + name)
-            tx = optax.chain(first, optimizer)
-            results[prefix + name] = train(model, initial, splits, tx, rates[name], advance)
+        for method, (name, tx) in methods.items():
+            progress.update(task, description=method)
+            results[method] = train(model, initial, splits, tx, rates[name], advance)
     for name in OPTIMIZERS:
-        rich_print(make_table(name, {method: results[method] for method in (name, f"BNP + {name}")}))
+        rich_print(make_table(name, {method: results[method] for method in (name, f"BNP({name})")}))
     rich_print(
         "Under each learning rate: validation loss at the end; inf: diverged (ended no better than it began). "
         f"works: learning rates within {WORKING_MARGIN} of the method's best. test: at that best rate."
     )
+    if args.csv:
+        save(args.csv, results, args.steps, args.seed)
     make_figure(results).savefig(args.output, dpi=150)
     rich_print(f"Training curves: {args.output}")
     return results

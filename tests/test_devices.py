@@ -51,10 +51,14 @@ def finish(*processes, timeout):
     return [printed for printed, _ in outputs]
 
 
+def report_of(program):
+    (printed,) = finish(start(TESTS / "programs" / program, devices=8), timeout=300)
+    return json.loads(printed)
+
+
 @pytest.fixture(scope="module")
 def report():
-    (printed,) = finish(start(TESTS / "programs" / "distribution_schemes.py", devices=8), timeout=300)
-    return json.loads(printed)
+    return report_of("distribution_schemes.py")
 
 
 def measured(report, scheme):
@@ -79,22 +83,29 @@ def test_twenty_steps_equal_those_of_one_device(report, scheme):
     measured(report, scheme)
 
 
-def test_data_parallel_jit_adds_one_reduction_a_layer_and_gathers_nothing(report):
+@pytest.mark.parametrize("scheme", ["jit_data_parallel", "jit_data_parallel_with_adam_in_z"])
+def test_data_parallel_jit_adds_one_reduction_a_layer_and_gathers_nothing(report, scheme):
     """Five layers, of which one is called twice, and the one reduction of the gradients."""
-    result = measured(report, "jit_data_parallel")
+    result = measured(report, scheme)
     assert result["all-gather"] == result["collective-permute"] == 0
     assert result["all-reduce"] <= 7
 
 
 @pytest.mark.parametrize(
-    ("scheme", "shard_of_moments"), [("fully_sharded_outputs", 64), ("fully_sharded_inputs_and_moments", 8)]
+    ("scheme", "shard"),
+    [
+        ("fully_sharded_outputs", [64, 1]),
+        ("fully_sharded_inputs", [8, 8]),
+        ("fully_sharded_inputs_with_adam_in_z", [8, 8]),
+    ],
 )
-def test_fully_sharded_state_keeps_the_sharding_it_was_given(report, scheme, shard_of_moments):
+def test_fully_sharded_state_keeps_the_sharding_it_was_given(report, scheme, shard):
+    """The kernel of a layer is [64, 8]."""
     result = measured(report, scheme)
     assert result["stable"]
     assert result["traces"] == result["compilations"] == 1
-    assert result["shard of moments"] == shard_of_moments
-    assert result["shard of momentum"] == 64 * 8 / 8
+    assert result["replicated"]
+    assert result["shard of momentum"] == shard
 
 
 @pytest.mark.parametrize(
@@ -103,6 +114,7 @@ def test_fully_sharded_state_keeps_the_sharding_it_was_given(report, scheme, sha
         "explicit_data_parallel",
         "explicit_fully_sharded_outputs",
         "explicit_fully_sharded_inputs_with_injected_hyperparameters",
+        "explicit_fully_sharded_outputs_with_adam_in_z",
     ],
 )
 def test_explicit_mesh_keeps_types_compiles_once_and_scans(report, scheme):
@@ -115,6 +127,16 @@ def test_explicitly_sharded_kernels_of_all_kinds(report):
     result = measured(report, "explicit_kinds_of_kernels")
     assert result["stable"]
     assert result["layers"] == 4
+
+
+def test_nnx_optimizer_of_a_model_that_says_how_it_is_split():
+    """The statistics have no parameter's shape, so that Flax must not give them a parameter's sharding."""
+    for result in report_of("nnx_sharding.py").values():
+        assert result["error"] < 1e-12
+        assert result["movement"] > 1e-3
+        assert result["shard of kernel"] == [32, 16 / 8]
+        assert result["statistics are replicated"]
+        assert result["kept like parameters"]
 
 
 def test_a_forgotten_axis_name_is_refused():

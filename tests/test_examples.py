@@ -32,8 +32,9 @@ def test_digits(tmp_path, capsys):
     results = load("digits").main([*arguments, "--output", str(picture)])
     assert list(results) == [64, 16]
     for by_method in results.values():
-        assert list(by_method) == ["SGD", "BN", "BNP"]
+        assert list(by_method) == ["SGD", "BN", "BNP", "Adam", "BNP(Adam)"]
     assert results[16]["BNP"].test.mean() > 85  # a guess is right in 10 %
+    assert results[16]["BNP(Adam)"].test.mean() > 85
     assert np.std(matplotlib.image.imread(picture)) > 0.05
     assert "works" in capsys.readouterr().out
 
@@ -44,7 +45,7 @@ def test_digits(tmp_path, capsys):
         (["--epochs", "0"], "--epochs and --seeds must be at least 1"),
         (["--rates", "-1"], "--rates must be positive"),
         (["--batch-sizes", "2000"], "--batch-sizes must lie between 1 and 1024"),
-        (["--methods", "Adam"], "invalid choice: 'Adam'"),
+        (["--methods", "Muon"], "invalid choice: 'Muon'"),
         (["--output", "missing/digits.png"], "--output must be a .png file in a directory that exists"),
     ],
 )
@@ -55,22 +56,24 @@ def test_digits_refuses_bad_options(arguments, message, capsys):
 
 
 def test_transformer(tmp_path, capsys):
-    picture = tmp_path / "transformer.png"
-    arguments = ["--steps", "20", "--sgd-rates", "0.1", "--adam-rates", "0.01", "--output", str(picture)]
+    picture, losses = tmp_path / "transformer.png", tmp_path / "losses.csv"
+    arguments = ["--steps", "20", "--sgd-rates", "0.1", "--adam-rates", "0.01", "--muon-rates", "0.1"]
+    arguments += ["--output", str(picture), "--csv", str(losses)]
     transformer = load("transformer")
     num_characters, _ = transformer.make_data(steps=1, seed=0)
     results = transformer.main(arguments)
-    assert list(results) == ["SGD", "BNP + SGD", "Adam", "BNP + Adam"]
+    assert list(results) == ["SGD", "BNP(SGD)", "Adam", "BNP(Adam)", "Muon", "BNP(Muon)"]
     for result in results.values():
         assert 1 < result.test < np.log(num_characters)  # what a guess costs
     assert picture.exists()
+    assert [row.split(",")[0] for row in losses.read_text().splitlines()] == ["method", *results]
     assert "nats per character" in capsys.readouterr().out
 
 
 def test_nnx_cnn(capsys):
-    results = load("nnx_cnn").main(["--epochs", "1", "--batch-size", "16", "--rates", "0.3"])
-    assert set(results) == {"SGD", "BNP"}
-    assert results["BNP"][0.3][-1] > 80  # a guess is right in 10 %
+    results = load("nnx_cnn").main(["--epochs", "1", "--batch-size", "16", "--rates", "0.01"])
+    assert set(results) == {"Adam", "BNP(Adam)"}
+    assert results["BNP(Adam)"][0.01][-1] > 80  # a guess is right in 10 %
     assert "Test accuracy" in capsys.readouterr().out
 
 

@@ -59,13 +59,19 @@ def train(tx, steps, poison_of=lambda step: jnp.zeros(3), step_fn=gradients_and_
     return params, state
 
 
+OPTIMIZERS = {
+    "bnp_sgd": lambda: bnp.bnp_sgd(0.05, LAYERS, momentum=0.9),
+    "adam in z": lambda: bnp.preconditioned(optax.adam(0.02), LAYERS),
+}
+
+
+def optimizer(name="bnp_sgd"):
+    return optax.apply_if_finite(OPTIMIZERS[name](), max_consecutive_errors=5)
+
+
 @functools.cache
-def without_the_bad_batch():
-    return train(optimizer(), [step for step in range(STEPS) if step != BAD_STEP])
-
-
-def optimizer():
-    return optax.apply_if_finite(bnp.bnp_sgd(0.05, LAYERS, momentum=0.9), max_consecutive_errors=5)
+def without_the_bad_batch(name="bnp_sgd"):
+    return train(optimizer(name), [step for step in range(STEPS) if step != BAD_STEP])
 
 
 def poison_at(position, bad):
@@ -80,29 +86,59 @@ def promotion_of_optax():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("position", range(3))
-def test_a_rejected_batch_leaves_no_trace(position, bad):
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_rejected_batch_leaves_no_trace(name, position, bad):
     """Behind apply_if_finite the run ends exactly where one without the batch does."""
-    params, state = train(optimizer(), range(STEPS), poison_at(position, bad))
-    expected_params, expected_state = without_the_bad_batch()
+    params, state = train(optimizer(name), range(STEPS), poison_at(position, bad))
+    expected_params, expected_state = without_the_bad_batch(name)
     chex.assert_trees_all_equal(params, expected_params)
     chex.assert_trees_all_equal(state.inner_state, expected_state.inner_state)
     assert state.total_notfinite == 1
 
 
+ZEROED = {
+    "scale_by_bnp": (
+        lambda: optax.chain(bnp.scale_by_bnp(LAYERS), optax.zero_nans(), optax.sgd(0.05)),
+        lambda state: state[0],
+    ),
+    "preconditioned": (
+        lambda: bnp.preconditioned(optax.chain(optax.zero_nans(), optax.adam(0.02)), LAYERS),
+        lambda state: state.statistics,
+    ),
+}
+
+
 @pytest.mark.parametrize("position", range(3))
-def test_unguarded_statistics_skip_the_layers_that_the_fault_reaches(position):
+@pytest.mark.parametrize("name", ZEROED)
+def test_unguarded_statistics_skip_the_layers_that_the_fault_reaches(name, position):
     """With gradients merely zeroed, the layers before the fault absorb the batch, the others skip it and count it."""
-    tx = optax.chain(bnp.scale_by_bnp(LAYERS), optax.zero_nans(), optax.sgd(0.05))
-    params, (state, *_) = train(tx, range(STEPS), poison_at(position, np.nan))
+    make, statistics_of = ZEROED[name]
+    params, state = train(make(), range(STEPS), poison_at(position, np.nan))
     chex.assert_tree_all_finite((params, state))
-    for k, name in enumerate(LAYERS_IN_ORDER):
-        assert state.skipped[name]["kernel"] == (1 if k >= position else 0)
-        assert state.seen[name]["kernel"] == 8 * (STEPS - (1 if k >= position else 0))
-    clean_params, _ = train(tx, range(STEPS))
+    statistics = statistics_of(state)
+    for k, layer in enumerate(LAYERS_IN_ORDER):
+        assert statistics[layer].skipped == (1 if k >= position else 0)
+        assert statistics[layer].seen == 8 * (STEPS - (1 if k >= position else 0))
+    clean_params, _ = train(make(), range(STEPS))
     distance = optax.tree.norm(optax.tree.sub(params, clean_params)) / optax.tree.norm(
         optax.tree.sub(clean_params, PARAMS)
     )
     assert distance < 0.25  # of the way that training went; a batch is 1 of 30
+
+
+def test_statistics_outlast_an_inner_optimizer_that_does_not():
+    """What is not finite goes into Adam's moments, as it does without BNP, but not into the statistics."""
+    tx = OPTIMIZERS["adam in z"]()
+    _, before = train(tx, range(BAD_STEP))
+    _, after = train(tx, range(BAD_STEP + 1), poison_at(1, np.nan))
+    assert np.isnan(after.inner[0].mu["hidden"]["kernel"]).all()
+    chex.assert_tree_all_finite(after.statistics)
+    assert [int(after.statistics[layer].skipped[0]) for layer in LAYERS_IN_ORDER] == [0, 1, 1]
+    for layer in ("hidden", "out"):
+        for field in ("mean", "variance", "damping", "seen"):
+            chex.assert_trees_all_equal(
+                getattr(after.statistics[layer], field), getattr(before.statistics[layer], field)
+            )
 
 
 @pytest.mark.parametrize("device", [0, 3, 7])

@@ -42,7 +42,7 @@ networks = st.lists(st.tuples(layer_kinds, st.booleans()), min_size=1, max_size=
 options = st.fixed_dictionaries(
     {
         "variance": st.sampled_from(["mixture", "batch"]),
-        "scaling": st.sampled_from([12.0, "examples", "positions", "bound", "none"]),
+        "scaling": st.sampled_from([12.0, "examples", "none"]),
         "prior_examples": st.sampled_from([None, 0, 8, 128]),
         "decay": st.sampled_from([0.0, 0.5, 0.99]),
         "eps_relative": st.sampled_from([0.0, 1e-2]),
@@ -180,26 +180,20 @@ class Reference:
             n, seen, prior = EXAMPLES, self.seen.get(key, 0), self.options["prior_examples"]
             decay = self.options["decay"]
             rho = decay if prior is None else min(decay, (prior + seen) / (prior + seen + n))
-            mean, variance = self.statistics.get(key, (np.zeros(rows.shape[1]), np.ones(rows.shape[1])))[:2]
+            mean, variance = self.statistics.get(key, (np.zeros(rows.shape[1]), np.ones(rows.shape[1])))
             new = rho * variance + (1 - rho) * rows.var(0)
             if self.options["variance"] == "mixture":
                 new = new + rho * (1 - rho) * (rows.mean(0) - mean) ** 2
-            self.statistics[key] = (rho * mean + (1 - rho) * rows.mean(0), new, len(rows) / n)
+            self.statistics[key] = (rho * mean + (1 - rho) * rows.mean(0), new)
             self.seen[key] = seen + n
 
     def step(self, key, g_w, g_b):
         """`g_w` is `[window, n, m]`, `g_b` is `[m]` or None."""
-        mean, variance, positions = self.statistics[key]
+        mean, variance = self.statistics[key]
         moment = variance + (mean**2 if g_b is None else 0)
         s = moment + self.options["eps_relative"] * moment.max() + self.options["eps"]
         fan_in, n = g_w.shape[0] * g_w.shape[1], EXAMPLES
-        q2 = {
-            12.0: max(12 / n, 1),
-            "examples": max(fan_in / n, 1),
-            "positions": max(fan_in / (n * positions), 1),
-            "bound": max(fan_in / n, positions),
-            "none": 1.0,
-        }[self.options["scaling"]]
+        q2 = {12.0: max(12 / n, 1), "examples": max(fan_in / n, 1), "none": 1.0}[self.options["scaling"]]
         if g_b is None:
             return g_w / (q2 * s[None, :, None]), None
         new_w = (g_w - mean[None, :, None] * g_b) / (q2 * s[None, :, None])

@@ -67,7 +67,7 @@ def test_dense_general_with_batch_dims_is_a_stack_of_dense_layers():
     x = normal(0, 2, 3, 6, 5, 4)
     model = nn.DenseGeneral(2, batch_dims=(0, 1), param_dtype=float)
     gradients, updates, state = gradients_and_updates(model, x)
-    assert state.mean["kernel"].shape == (6, 1, 4)
+    assert state["kernel"].mean.shape == (6, 1, 4)
     for entry in np.ndindex(2, 3):
         one = [{name: leaf[entry] for name, leaf in tree.items()} for tree in (gradients, updates)]
         assert_update(*one, np.reshape(x[entry], (30, 4)), examples=6)
@@ -202,7 +202,7 @@ def test_recurrent_layers_pool_their_inputs_over_all_steps(cell):
     gradients, updates, state = gradients_and_updates(model, x, params=params)
     for name in gradients["cell"]:
         assert_update(gradients["cell"][name], updates["cell"][name], inputs[name[0]], examples=3)
-        assert state.seen["cell"][name]["kernel"] == 3
+        assert state[f"cell/{name}"].seen == 3
 
 
 def test_convolutional_lstm_pools_over_steps_and_positions():

@@ -126,7 +126,8 @@ def test_calls_of_one_layer_add_positions_not_examples():
 def absorb_all(batches, decay, rule):
     mean, variance = jnp.zeros((1, 1, 3)), jnp.ones((1, 1, 3))
     for batch in batches:
-        mean, variance = absorb(mean, variance, bnp.input_moments(jnp.asarray(batch)), jnp.full(1, decay), rule)
+        record = bnp.input_moments(jnp.asarray(batch))
+        mean, variance = absorb(mean, variance, record.mean, record.variance, decay, rule)
     return np.ravel(mean), np.ravel(variance)
 
 

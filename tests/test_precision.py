@@ -49,7 +49,7 @@ def test_training_in_every_dtype_stays_finite_and_follows_float32(dtype):
                 updates, state = tx.update(gradients, state, params, intermediates=records)
                 params = optax.apply_updates(params, updates)
             chex.assert_tree_all_finite((params, state))
-            assert state[0].mean["Conv_0"]["kernel"].dtype == jnp.float32
+            assert state[0]["Conv_0"].mean.dtype == jnp.float32
             assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(used)}
             finals.append(np.asarray(model.apply({"params": params}, x), np.float32))
     np.testing.assert_allclose(*finals, atol=0.3)
@@ -62,7 +62,7 @@ def test_float64_keeps_float64_statistics():
     tx = bnp.scale_by_bnp(bnp.linen.find_layers(model, x))
     gradients, records = gradients_and_records(model, params, x)
     updates, state = tx.update(gradients, tx.init(params), intermediates=records)
-    assert state.mean["Conv_0"]["kernel"].dtype == updates["Conv_0"]["kernel"].dtype == jnp.float64
+    assert state["Conv_0"].mean.dtype == updates["Conv_0"]["kernel"].dtype == jnp.float64
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_inputs_at_the_ends_of_the_range_give_no_nan(dtype, size):
     gradients = jax.tree.map(jnp.ones_like, params)
     updates, state = tx.update(gradients, tx.init(params), intermediates=recorded["intermediates"])
     chex.assert_tree_all_finite((updates, state))
-    assert state.seen["kernel"] == 8
+    assert state["kernel"].seen == 8
 
 
 def test_records_do_not_depend_on_the_scale_of_the_loss_and_updates_follow_it():

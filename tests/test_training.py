@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import with_statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import preconditioner
@@ -76,9 +77,7 @@ def test_a_step_is_a_plain_gradient_step_in_the_normalized_variables(examples, n
     params = {"w": w, "b": b.ravel()}
     tx = bnp.bnp_sgd(0.1, bnp.Layers((bnp.Layer.dense(("w",), (n, m), bias=("b",)),)), **EXACT)
     state = tx.init(params)
-    frozen = state[0]._replace(
-        mean={**state[0].mean, "w": mu[None]}, variance={**state[0].variance, "w": jnp.square(sd)[None]}
-    )
+    frozen = with_statistics(state[0], "w", mean=mu, variance=jnp.square(sd), damping=0)
     gradients = jax.grad(lambda p: loss(h @ p["w"] + p["b"][None]))(params)
     updates, _ = tx.update(gradients, (frozen, *state[1:]), params, intermediates=bnp.KEEP_STATISTICS)
     new = optax.apply_updates(params, updates)
@@ -90,7 +89,7 @@ def outputs_along_training(tx, params, state, x, y, steps=8):
     @jax.jit
     def train_step(params, state):
         gradients, records = gradients_and_records(MLP(), params, x, y)
-        if isinstance(state[0], bnp.ScaleByBNPState):
+        if isinstance(state[0], bnp.Statistics):
             updates, state = tx.update(gradients, state, params, intermediates=records)
         else:
             updates, state = tx.update(gradients, state, params)
@@ -117,8 +116,8 @@ def test_trajectory_is_invariant_to_scaling_and_shifting_the_inputs(decay, seed)
 
     tx = bnp.bnp_sgd(0.05, bnp.linen.find_layers(MLP(), x), decay=decay, prior_examples=None, **EXACT)
     state, transformed_state = tx.init(params), tx.init(transformed)
-    transformed_state[0].mean["Dense_0"]["kernel"] = shift[None]
-    transformed_state[0].variance["Dense_0"]["kernel"] = jnp.square(scale)[None]
+    start = with_statistics(transformed_state[0], "Dense_0", mean=shift, variance=jnp.square(scale))
+    transformed_state = (start, *transformed_state[1:])
 
     plain = outputs_along_training(tx, params, state, x, y)
     same = outputs_along_training(tx, transformed, transformed_state, transformed_x, y)
@@ -136,7 +135,7 @@ def test_accumulated_micro_batches_equal_one_batch(parts):
     x, y = normal(0, 8, 5, 5, 2), normal(1, 8, 2)
     model = ConvNet()
     params = model.init(jax.random.key(0), x)["params"]
-    tx = bnp.scale_by_bnp(bnp.linen.find_layers(model, x), scaling="bound")
+    tx = bnp.scale_by_bnp(bnp.linen.find_layers(model, x), scaling=6)
 
     def micro_batch(total, batch):
         gradients, records = gradients_and_records(model, params, *batch)
@@ -149,7 +148,7 @@ def test_accumulated_micro_batches_equal_one_batch(parts):
     gradients, records = gradients_and_records(model, params, x, y)
     whole = tx.update(gradients, tx.init(params), intermediates=records)
     chex.assert_trees_all_close(accumulated, whole, rtol=1e-9, atol=1e-12)
-    assert whole[1].seen["Conv_1"]["kernel"] == 8
+    assert whole[1]["Conv_1"].seen == 8
 
 
 def test_a_model_mapped_over_examples_equals_the_batched_one():
@@ -186,7 +185,7 @@ def train_online(variance, prior_examples):
         return (optax.apply_updates(params, updates), state), loss
 
     (_, state), losses = jax.lax.scan(step, (params, tx.init(params)), (xs, ys))
-    return state[0].variance["w"].ravel(), losses
+    return state[0]["w"].variance.ravel(), losses
 
 
 @pytest.mark.parametrize("prior_examples", [128, None])

@@ -1,5 +1,7 @@
 """scale_by_bnp as a gradient transformation: state, options, composition, errors."""
 
+import dataclasses
+
 import chex
 import flax.linen as nn
 import jax
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import with_statistics
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import paper_dense_step
@@ -48,16 +51,27 @@ def dense_record(x):
     return {"w_input": bnp.input_moments(jnp.asarray(x, jnp.float32))}
 
 
-def test_state_is_structured_like_the_parameters():
-    state = bnp.scale_by_bnp(LAYERS).init(PARAMS)
-    for field in state:
-        chex.assert_trees_all_equal_structs(field, PARAMS)
-    assert state.mean["Conv_0"]["kernel"].shape == (1, 1, 2)
-    assert state.mean["Dense_0"]["kernel"].dtype == jnp.float32
-    np.testing.assert_array_equal(state.mean["Dense_0"]["kernel"], 0)
-    np.testing.assert_array_equal(state.variance["Dense_0"]["kernel"], 1)
-    assert state.seen["Conv_0"]["kernel"].dtype == state.skipped["Conv_0"]["kernel"].dtype == jnp.int32
-    assert state.mean["LayerNorm_0"]["scale"].shape == ()
+def test_state_holds_every_layer_by_its_path():
+    state = bnp.scale_by_bnp(LAYERS, eps_relative=0.5, eps=0.25).init(PARAMS)
+    assert set(state) == set(LAYERS)
+    assert len(state) == 3
+    assert state["Conv_0"].mean.shape == state["Conv_0"].variance.shape == (1, 1, 2)
+    assert state["Dense_0"].damping.shape == (1, 1)
+    assert state["Dense_0"].scale.shape == state["Dense_0"].seen.shape == state["Dense_0"].skipped.shape == (1,)
+    for layer in (state[path] for path in state):
+        values = {"mean": 0, "variance": 1, "damping": 0.75, "scale": 1, "seen": 0, "skipped": 0}
+        expected = {name: jnp.full_like(x, values[name]) for name, x in layer._asdict().items()}
+        chex.assert_trees_all_equal(layer._asdict(), expected)
+        assert {leaf.dtype for leaf in layer} == {jnp.dtype("float32"), jnp.dtype("int32")}
+    with pytest.raises(KeyError):
+        state["LayerNorm_0"]
+
+
+def test_many_states_in_one_are_read_by_layer_too():
+    """As under `jax.vmap` over seeds."""
+    states = jax.vmap(bnp.scale_by_bnp(LAYERS).init)(jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), PARAMS))
+    assert states["Conv_0"].mean.shape == (4, 1, 1, 2)
+    assert states["Conv_0"].seen.shape == (4, 1)
 
 
 def test_update_keeps_tree_shape_dtype_and_weak_type():
@@ -76,7 +90,7 @@ def test_low_precision_gradients_come_back_in_their_dtype(dtype):
     updates, state = tx.update(low, tx.init(optax.tree.cast(PARAMS, dtype)), intermediates=RECORDS)
     expected, _ = tx.update(GRADIENTS, tx.init(PARAMS), intermediates=RECORDS)
     chex.assert_trees_all_equal_dtypes(updates, low)
-    assert state.mean["Dense_0"]["kernel"].dtype == jnp.float32
+    assert state.mean.dtype == jnp.float32
     chex.assert_trees_all_close(optax.tree.cast(updates, jnp.float32), expected, rtol=0.05, atol=0.05)
 
 
@@ -125,9 +139,9 @@ def test_three_steps_equal_the_papers_algorithm(variance, prior, seed):
         updates, state = tx.update({"w": jnp.asarray(g_w), "b": jnp.asarray(g_b)}, state, intermediates=dense_record(h))
         np.testing.assert_allclose(updates["w"], expected_w, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(updates["b"], expected_b, rtol=1e-3, atol=1e-4)
-        np.testing.assert_allclose(state.mean["w"].ravel(), mu, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(state.variance["w"].ravel(), var, rtol=1e-4, atol=1e-5)
-        assert state.seen["w"] == seen
+        np.testing.assert_allclose(state["w"].mean.ravel(), mu, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(state["w"].variance.ravel(), var, rtol=1e-4, atol=1e-5)
+        assert state["w"].seen == seen
 
 
 def test_the_chain_trains_under_jit_with_one_compilation():
@@ -154,7 +168,7 @@ def test_the_chain_trains_under_jit_with_one_compilation():
 
 
 def test_alias_is_the_chain():
-    options = {"decay": 0.9, "eps_relative": 0.1, "eps": 1e-3, "variance": "batch", "scaling": "bound"}
+    options = {"decay": 0.9, "eps_relative": 0.1, "eps": 1e-3, "variance": "batch", "scaling": "examples"}
     options["prior_examples"] = 16
     alias = bnp.bnp_sgd(0.1, LAYERS, momentum=0.9, nesterov=True, weight_decay=1e-2, **options)
     chain = optax.chain(
@@ -200,11 +214,19 @@ def test_keep_statistics_preconditions_with_the_running_ones():
 
 
 def test_map_params_reaches_the_state():
+    """The statistics are no parameters, the momentum's trace is."""
     tx = bnp.bnp_sgd(0.1, LAYERS, momentum=0.9)
     state = tx.init(PARAMS)
-    mapped = optax.tree.map_params(tx, lambda leaf, param: leaf + jnp.ones_like(leaf), state, PARAMS)
-    np.testing.assert_array_equal(mapped[0].mean["Dense_0"]["kernel"], 1)
-    np.testing.assert_array_equal(mapped[0].variance["Dense_0"]["kernel"], 2)
+    mapped = optax.tree.map_params(
+        tx,
+        lambda leaf, param: leaf + param,
+        state,
+        PARAMS,
+        transform_non_params=lambda leaf: leaf + jnp.ones_like(leaf),
+    )
+    np.testing.assert_array_equal(mapped[0]["Dense_0"].mean, 1)
+    np.testing.assert_array_equal(mapped[0]["Dense_0"].variance, 2)
+    chex.assert_trees_all_equal(mapped[2][0].trace, PARAMS)
     chex.assert_trees_all_equal_shapes_and_dtypes(mapped, state)
 
 
@@ -232,7 +254,7 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted(bad):
     updates, after = tx.update(DENSE_PARAMS, before, intermediates=dense_record([[1.0, bad, 3]]))
     for name in ("mean", "variance", "seen"):
         chex.assert_trees_all_equal(getattr(after, name), getattr(before, name))
-    assert after.skipped["w"] == 1
+    assert after["w"].skipped == 1
     chex.assert_tree_all_finite(updates)
 
 
@@ -244,16 +266,16 @@ def test_only_the_layer_that_is_not_finite_skips():
         bad.mean.at[0, 0, 0].set(np.nan), bad.variance, bad.examples, bad.positions
     )
     _, state = tx.update(GRADIENTS, tx.init(PARAMS), intermediates=records)
-    skipped = {name: int(state.skipped[name]["kernel"][0]) for name in ("Conv_0", "Dense_0", "Dense_1")}
+    skipped = {name: int(state[name].skipped[0]) for name in state}
     assert skipped == {"Conv_0": 0, "Dense_0": 1, "Dense_1": 0}
 
 
 def test_counter_of_examples_saturates():
     tx = bnp.scale_by_bnp(DENSE)
     state = tx.init(DENSE_PARAMS)
-    almost = state._replace(seen={**state.seen, "w": jnp.array([2**31 - 2], jnp.int32)})
+    almost = with_statistics(state, "w", seen=2**31 - 2)
     _, state = tx.update(DENSE_PARAMS, almost, intermediates=dense_record(np.ones((5, 3))))
-    assert state.seen["w"] == 2**31 - 1
+    assert state["w"].seen == 2**31 - 1
 
 
 # What goes wrong, and what the user reads.
@@ -291,6 +313,13 @@ def test_layers_of_the_wrong_type_are_refused():
         bnp.scale_by_bnp(CNN())
 
 
+def test_layers_without_a_layer_are_refused():
+    for make in (bnp.scale_by_bnp, lambda layers: bnp.preconditioned(optax.adam(1e-3), layers)):
+        for layers in (LAYERS.select(lambda layer: False), bnp.Layers(())):
+            with pytest.raises(ValueError, match=r"no layer to precondition: .*print\(layers\)"):
+                make(layers)
+
+
 def test_missing_intermediates_are_a_type_error():
     tx = bnp.scale_by_bnp(DENSE)
     with pytest.raises(TypeError, match="intermediates"):
@@ -325,19 +354,34 @@ def test_layers_of_another_model_are_refused_by_init():
         bnp.scale_by_bnp(DENSE).init({"w": jnp.ones((3, 2))})
 
 
-def test_state_of_another_model_names_the_first_leaf_that_differs():
+def test_state_of_another_model_names_the_first_layer_that_differs():
+    tx, record = bnp.scale_by_bnp(DENSE), dense_record(np.ones((2, 3)))
     wider = bnp.Layers((bnp.Layer.dense(("w",), (4, 2), bias=("b",)),))
     state = bnp.scale_by_bnp(wider).init({"w": jnp.ones((4, 2)), "b": jnp.ones(2)})
-    with pytest.raises(ValueError, match=r"state's mean of w has shape \(1, 1, 4\), but the layer needs \(1, 1, 3\)"):
-        bnp.scale_by_bnp(DENSE).update(DENSE_PARAMS, state, intermediates=dense_record(np.ones((2, 3))))
-    without_b = state._replace(mean={"w": state.mean["w"]})
-    with pytest.raises(ValueError, match=r"not structured like the gradients: .*'b'.* restore one of this model"):
-        bnp.scale_by_bnp(DENSE).update(DENSE_PARAMS, without_b, intermediates=dense_record(np.ones((2, 3))))
+    with pytest.raises(ValueError, match=r"of w have shape \(1, 1, 4\), but the layers need \(1, 1, 3\).* restore"):
+        tx.update(DENSE_PARAMS, state, intermediates=record)
+    with pytest.raises(ValueError, match=r"moments of w have shape None, but the layers need \(1, 1, 3\)"):
+        tx.update(DENSE_PARAMS, bnp.scale_by_bnp(LAYERS).init(PARAMS), intermediates=record)
+    cut = dataclasses.replace(tx.init(DENSE_PARAMS), damping=jnp.zeros(7))
+    with pytest.raises(ValueError, match=r"The state's damping has shape \(7,\), but the layers need \(1,\)"):
+        tx.update(DENSE_PARAMS, cut, intermediates=record)
 
 
-def test_layer_without_positions_keeps_its_state_and_counts_nothing():
-    tx = bnp.scale_by_bnp(DENSE)
+def test_what_is_no_state_is_refused_with_a_word_about_old_ones():
+    old = {name: {"w": jnp.zeros((1, 1, 3)), "b": 0} for name in ("mean", "variance", "scale", "seen", "skipped")}
+    with pytest.raises(TypeError, match=r"what init returned, not dict\. A state of bnp_optax from before 0\.1"):
+        bnp.scale_by_bnp(DENSE).update(DENSE_PARAMS, old, intermediates=dense_record(np.ones((2, 3))))
+    tx = bnp.preconditioned(optax.identity(), DENSE)
+    for state, name in ((old, "dict"), (tx.init(DENSE_PARAMS).statistics, "Statistics"), ((), "tuple")):
+        with pytest.raises(TypeError, match=rf"what init returned, not {name}\. A state of bnp_optax from before 0\.1"):
+            tx.update(DENSE_PARAMS, state, intermediates=dense_record(np.ones((2, 3))))
+
+
+@pytest.mark.parametrize("prior", [None, 0, 128])
+def test_layer_without_positions_keeps_its_state_and_counts_nothing(prior):
+    tx = bnp.scale_by_bnp(DENSE, prior_examples=prior)
     _, before = tx.update(DENSE_PARAMS, tx.init(DENSE_PARAMS), intermediates=dense_record([[1.0, 2, 3], [2, 2, 0]]))
     empty = jax.tree.map(jnp.zeros_like, dense_record(np.ones((2, 3))))
-    _, after = tx.update(DENSE_PARAMS, before, intermediates=empty)
-    chex.assert_trees_all_equal(after, before)
+    for state in (before, tx.init(DENSE_PARAMS)):
+        _, after = tx.update(DENSE_PARAMS, state, intermediates=empty)
+        chex.assert_trees_all_equal(after, state)

@@ -93,6 +93,12 @@ def error(actual, expected):
     return float(max(jax.tree.leaves(jax.tree.map(of_leaf, actual, expected))))
 
 
+def adam():
+    """Optax's, which mixes dtypes."""
+    tx = optax.adam(0.01)
+    return optax.GradientTransformation(tx.init, jax.numpy_dtype_promotion("standard")(tx.update))
+
+
 COMPILATIONS = collections.Counter()
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: COMPILATIONS.update(backend_compile=event.endswith("backend_compile_duration"))
@@ -108,6 +114,8 @@ LAYERS = bnp.linen.find_layers(MODEL, XS[0])
 TX = bnp.bnp_sgd(0.05, LAYERS, momentum=0.9, weight_decay=1e-4)
 START = TX.init(PARAMS)
 SINGLE, _ = train(make_step(TX), PARAMS, START)
+IN_Z = bnp.preconditioned(adam(), LAYERS)
+SINGLE_IN_Z, _ = train(make_step(IN_Z), PARAMS, IN_Z.init(PARAMS))
 
 AUTO, EXPLICIT = (jax.make_mesh((8,), ("data",), axis_types=(kind,)) for kind in (AxisType.Auto, AxisType.Explicit))
 
@@ -120,13 +128,22 @@ def replicate(mesh, tree):
     return jax.device_put(tree, NamedSharding(mesh, P()))
 
 
-@scheme
-def jit_data_parallel():
-    step, params, state = make_step(TX), *replicate(AUTO, (PARAMS, START))
+def data_parallel(tx, start, single):
+    step, params, state = make_step(tx), *replicate(AUTO, (PARAMS, start))
     end, counts = train(step, params, state, split(AUTO))
     text = jax.jit(step).lower(params, state, *map(split(AUTO), (XS[0], YS[0]))).compile().as_text()
     collectives = {kind: text.count(f" {kind}(") for kind in ("all-reduce", "all-gather", "collective-permute")}
-    return {"error": error(end, SINGLE), **counts, **collectives}
+    return {"error": error(end, single), **counts, **collectives}
+
+
+@scheme
+def jit_data_parallel():
+    return data_parallel(TX, START, SINGLE)
+
+
+@scheme
+def jit_data_parallel_with_adam_in_z():
+    return data_parallel(IN_Z, IN_Z.init(PARAMS), SINGLE_IN_Z)
 
 
 @scheme
@@ -202,40 +219,44 @@ def sharded(mesh, params, which):
     return jax.tree.map(put, params)
 
 
-def fully_sharded(which, of_moments):
-    """The state's shardings are given, as docs/devices.md says."""
+def fully_sharded(which, tx=TX, single=SINGLE):
+    """What an optimizer keeps of a parameter is split like it; statistics are of no parameter, and replicated."""
     params = sharded(AUTO, PARAMS, which)
-
-    def of_state(leaf, param):
-        if leaf.shape == param.shape:
-            return param.sharding
-        return NamedSharding(AUTO, of_moments(param.sharding.spec) if leaf.ndim == 3 else P())
-
     shardings = optax.tree.map_params(
-        TX, of_state, jax.eval_shape(TX.init, params), params, transform_non_params=lambda _: NamedSharding(AUTO, P())
+        tx,
+        lambda _, param: param.sharding,
+        jax.eval_shape(tx.init, params),
+        params,
+        transform_non_params=lambda _: NamedSharding(AUTO, P()),
     )
     places = jax.tree.map(lambda leaf: leaf.sharding, params), shardings, NamedSharding(AUTO, P())
-    state = jax.jit(TX.init, out_shardings=shardings)(params)
-    end, counts = train(jax.jit(make_step(TX), out_shardings=places), params, state, split(AUTO))
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    end, counts = train(jax.jit(make_step(tx), out_shardings=places), params, state, split(AUTO))
     kept = jax.tree.map(lambda leaf, place: leaf.sharding.is_equivalent_to(place, leaf.ndim), end[:2], places[:2])
-    moments = end[1][0].mean["Dense_0"]["kernel"]
+    statistics, inner = (end[1].statistics, end[1].inner) if tx is IN_Z else (end[1][0], end[1][2])
+    moments = inner[0].mu if tx is IN_Z else inner[0].trace
     return {
-        "error": error(end, SINGLE),
+        "error": error(end, single),
         **counts,
         "stable": all(jax.tree.leaves(kept)),
-        "shard of moments": moments.sharding.shard_shape(moments.shape)[-1],
-        "shard of momentum": end[1][2][0].trace["Dense_0"]["kernel"].addressable_shards[0].data.size,
+        "replicated": all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(statistics)),
+        "shard of momentum": moments["Dense_0"]["kernel"].addressable_shards[0].data.shape,
     }
 
 
 @scheme
 def fully_sharded_outputs():
-    return fully_sharded(-1, lambda _: P())
+    return fully_sharded(-1)
 
 
 @scheme
-def fully_sharded_inputs_and_moments():
-    return fully_sharded(0, lambda spec: P(None, None, spec[-2]))
+def fully_sharded_inputs():
+    return fully_sharded(0)
+
+
+@scheme
+def fully_sharded_inputs_with_adam_in_z():
+    return fully_sharded(0, IN_Z, SINGLE_IN_Z)
 
 
 def types(tree):
@@ -287,6 +308,11 @@ def explicit_fully_sharded_inputs_with_injected_hyperparameters():
     tx = make(lambda count: 0.05 / (1 + count.astype(float)), LAYERS, 0.9, weight_decay=1e-4)
     single, _ = train(make_step(tx), PARAMS, tx.init(PARAMS))
     return explicit(sharded(EXPLICIT, PARAMS, 0), tx, single)
+
+
+@scheme
+def explicit_fully_sharded_outputs_with_adam_in_z():
+    return explicit(sharded(EXPLICIT, PARAMS, -1), IN_Z, SINGLE_IN_Z)
 
 
 @scheme

@@ -1,0 +1,124 @@
+"""The numbers of all layers in a few vectors, against loops over the layers, in float64."""
+
+import itertools
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bnp_optax as bnp
+from bnp_optax.packing import Packing
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+sizes = st.integers(1, 3)
+shapes = st.lists(st.tuples(sizes, sizes, sizes), min_size=1, max_size=5)  # stack, group, input of each layer
+seeds = st.integers(0, 2**16)
+PARTS = ("entries", "rows", "inputs")
+
+
+def layers_of(shapes):
+    """Layers whose moments have these shapes."""
+
+    def layer(path, shape):
+        return bnp.Layer("Dense", bnp.Parameter(path, (*shape, 2), split=(*shape, 2), roles="sgio"), None, path)
+
+    return [layer((f"layer{k}", "kernel"), shape) for k, shape in enumerate(shapes)]
+
+
+def by_loop(packing):
+    """The index `(layer, entry, group, input)` of every input, of every row and of every entry, in their order."""
+    entries, rows, inputs = [], [], []
+    for path, (stack, group, size) in packing.shapes:
+        for e in range(stack):
+            entries.append((path, e))
+            for g in range(group):
+                rows.append((path, e, g))
+                inputs.extend((path, e, g, i) for i in range(size))
+    return entries, rows, inputs
+
+
+@given(shapes, seeds)
+def test_places_are_a_partition_and_do_not_depend_on_the_order_of_the_layers(shapes, seed):
+    layers = layers_of(shapes)
+    packing = Packing.of(layers)
+    assert Packing.of(np.random.default_rng(seed).permutation(np.array(layers, object))) == packing
+    assert {layer.path: layer.moments_shape for layer in layers} == dict(packing.shapes)
+    assert packing.size == tuple(map(len, by_loop(packing)))
+    for places in (packing.places.values(), packing.blocks):
+        for k, part in enumerate(PARTS):
+            ranges = [range(packing.size[k])[getattr(place, part)] for place in places]
+            assert list(itertools.chain(*ranges)) == list(range(packing.size[k]))
+            assert [len(r) for r in ranges] == [math.prod(place.shape[: k + 1]) for place in places]
+
+
+@given(shapes)
+def test_neighbours_of_equal_shape_are_one_block(shapes):
+    packing = Packing.of(layers_of(shapes))
+    rest = [block.shape[1:] for block in packing.blocks]
+    assert len(set(rest)) == len(rest) == len({shape[1:] for shape in shapes})
+    for block in packing.blocks:
+        assert block.shape[0] == sum(shape[0] for shape in shapes if shape[1:] == block.shape[1:])
+
+
+@settings(max_examples=10)
+@given(shapes, seeds)
+def test_repetitions_and_reductions_are_loops(shapes, seed):
+    packing, rng = Packing.of(layers_of(shapes)), np.random.default_rng(seed)
+    entries, rows, inputs = by_loop(packing)
+    of_entries, of_rows, of_inputs = (
+        dict(zip(index, rng.normal(size=len(index)), strict=True)) for index in (entries, rows, inputs)
+    )
+
+    def vector(numbers):
+        return jnp.asarray(list(numbers.values()))
+
+    np.testing.assert_array_equal(packing.entries_to_rows(vector(of_entries)), [of_entries[row[:2]] for row in rows])
+    np.testing.assert_array_equal(packing.rows_to_inputs(vector(of_rows)), [of_rows[index[:3]] for index in inputs])
+    for reduction, expected in ((jnp.max, max), (jnp.sum, sum)):
+        over_inputs = [expected(x for index, x in of_inputs.items() if index[:3] == row) for row in rows]
+        np.testing.assert_allclose(packing.over_inputs(reduction, vector(of_inputs)), over_inputs, rtol=1e-12)
+        over_groups = [expected(x for index, x in of_rows.items() if index[:2] == entry) for entry in entries]
+        np.testing.assert_allclose(packing.over_groups(reduction, vector(of_rows)), over_groups, rtol=1e-12)
+
+
+@given(shapes)
+def test_a_number_of_each_layer_is_one_of_each_of_its_entries(shapes):
+    packing = Packing.of(layers_of(shapes))
+    numbers = {path: float(k) for k, path in enumerate(packing.places)}
+    np.testing.assert_array_equal(packing.per_entry(numbers.get), [numbers[path] for path, _ in by_loop(packing)[0]])
+
+
+@settings(max_examples=10)
+@given(shapes, seeds)
+def test_what_is_packed_is_read_by_layer(shapes, seed):
+    """A layer without a record has zeros."""
+    layers, rng = layers_of(shapes), np.random.default_rng(seed)
+    packing = Packing.of(layers)
+
+    def numbers(shape):
+        return jnp.asarray(rng.normal(size=shape))
+
+    records = {
+        layer.path: bnp.InputMoments(*(numbers(shape) for shape in (moments, moments, moments[:1], moments[:1])))
+        for layer, moments in zip(layers, shapes, strict=True)
+        if rng.random() < 0.8
+    }
+    packed = packing.pack(records, jnp.float64)
+    damping = numbers(packing.size[1])
+    statistics = bnp.Statistics(
+        packing, packed.mean, packed.variance, damping, packed.examples, packed.positions, packed.examples
+    )
+    assert set(statistics) == set(packing.places)
+    for layer, (stack, group, size) in zip(layers, shapes, strict=True):
+        read, record = statistics[layer.path], records.get(layer.path)
+        for actual, field in ((read.mean, "mean"), (read.variance, "variance")):
+            assert actual.shape == (stack, group, size)
+            np.testing.assert_array_equal(actual, getattr(record, field, np.zeros(actual.shape)))
+        for actual, field in ((read.scale, "examples"), (read.seen, "positions"), (read.skipped, "examples")):
+            np.testing.assert_array_equal(actual, getattr(record, field, np.zeros(stack)))
+        of_layer = [x for x, row in zip(damping, by_loop(packing)[1], strict=True) if row[0] == layer.path]
+        np.testing.assert_array_equal(read.damping.ravel(), of_layer)
