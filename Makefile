@@ -24,8 +24,9 @@ paper: $(READY)  ## Run the paper's experiments on the files in DATA_DIR; QUICK=
 figures: $(READY)  ## Draw the figures and write the tables of the READMEs from the CSV files.
 	$(BIN)/python examples/figures.py --pages README.md results/README.md
 
-benchmark: $(READY)  ## Measure training steps of SGD, BNP and its peers (ARGS=--help explains the options).
+benchmark: $(READY)  ## Measure steps of SGD, BNP and its peers (ARGS=--help explains the options), and compiling them.
 	PYTHONPATH=examples $(BIN)/python benchmarks/steps.py $(ARGS)
+	PYTHONPATH=examples $(BIN)/python benchmarks/compilation.py
 	PYTHONPATH=examples $(BIN)/python benchmarks/report.py --pages docs/performance.md
 
 clean:  ## Remove the environment.

@@ -6,8 +6,10 @@
 import csv
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
@@ -16,19 +18,33 @@ from rich.table import Table
 
 import figures
 import runs
+from tables import markdown
 
-METHODS = ("SGD", "BNP, every 10", "BNP", "BNP+GN", "BN", "GN", "LN", "Adam", "K-FAC", "Muon")
+METHODS = ("SGD", "BNP, every 10", "BNP", "BNP+GN", "BN", "GN", "LN", "Adam", "BNP(Adam)", "K-FAC", "Muon")
+KERNELS_METHODS = ("SGD", "BN", "BNP, kept", "BNP", "Adam", "BNP(Adam)")
 LARGEST_RATIO = 1.8  # that the picture shows
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Case:
     """One method on one network at one batch size.
 
     Attributes:
       network: its name.
       batch_size: examples a step.
       method: how it is trained.
+    """
+
+    network: str
+    batch_size: int
+    method: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Row(Case):
+    """Time and memory of a training step.
+
+    Attributes:
       milliseconds: a step, median of the rounds.
       ratio: to SGD of the same round, median; ``ratio_low`` and ``ratio_high`` are its quartiles.
       ratio_low: see ``ratio``.
@@ -43,11 +59,10 @@ class Row:
       device: the processor, as JAX names it.
       dtype: of activations.
       commit: of the code.
+      adam_ratio: as ``ratio``, to Adam.
+      adam_memory_ratio: as ``memory_ratio``, by Adam's.
     """
 
-    network: str
-    batch_size: int
-    method: str
     milliseconds: float
     ratio: float
     ratio_low: float
@@ -61,6 +76,60 @@ class Row:
     state_ratio: float
     device: str
     dtype: str
+    commit: str
+    adam_ratio: float = math.nan
+    adam_memory_ratio: float = math.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels(Case):
+    """What a training step launches on a GPU.
+
+    Attributes:
+      kernels: launches of kernels, copies and library calls.
+      gigabytes: their operands and results, in 1e9 bytes.
+      compile_seconds: of processors, once.
+      device: the GPU that it is compiled for.
+      jax: the version.
+      commit: of the code.
+    """
+
+    kernels: int
+    gigabytes: float
+    compile_seconds: float
+    device: str
+    jax: str
+    commit: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Compilation:
+    """What tracing and compiling a training step of a deep network takes.
+
+    Attributes:
+      method: how it is trained.
+      base: the method that it is compared with.
+      layers: of the network.
+      cpu_seconds: of all processors, median of the rounds.
+      ratio: to ``base`` of the same round, median; ``ratio_low`` and ``ratio_high`` are its quartiles.
+      ratio_low: see ``ratio``.
+      ratio_high: see ``ratio``.
+      rounds: how many.
+      operations: of StableHLO in the traced step.
+      added: operations beyond those of ``base``, a layer.
+      commit: of the code.
+    """
+
+    method: str
+    base: str
+    layers: int
+    cpu_seconds: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    rounds: int
+    operations: int
+    added: float
     commit: str
 
 
@@ -87,7 +156,10 @@ class Point:
     commit: str
 
 
-def write(path: Path, rows: Sequence[Row] | Sequence[Point]) -> None:
+C = TypeVar("C", bound=Case)
+
+
+def write(path: Path, rows: Sequence[Case] | Sequence[Compilation] | Sequence[Point]) -> None:
     """Writes a file, numbers with five digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
@@ -98,20 +170,21 @@ def write(path: Path, rows: Sequence[Row] | Sequence[Point]) -> None:
             writer.writerow({k: f"{cell:.5g}" if isinstance(cell, float) else cell for k, cell in cells.items()})
 
 
-def replace(path: Path, rows: Sequence[Row]) -> list[Row]:
+def replace(path: Path, rows: Sequence[C]) -> list[C]:
     """Writes rows to a file in place of those it has of the same network and batch size, and returns all of them."""
 
-    def case(row: Row) -> tuple[str, int]:
+    def case(row: Case) -> tuple[str, int]:
         return row.network, row.batch_size
 
-    old, new = runs.read_rows(path, Row), set(map(case, rows))
+    kind = type(rows[0])
+    old, new = runs.read_rows(path, kind), set(map(case, rows))
     places = list(dict.fromkeys(map(case, [*old, *rows])))
     kept = [row for row in old if case(row) not in new]
     write(path, sorted([*kept, *rows], key=lambda row: places.index(case(row))))
-    return runs.read_rows(path, Row)
+    return runs.read_rows(path, kind)
 
 
-HEADER = ("method", "ms", "by SGD", "quartiles", "compile", "MB", "by SGD")
+HEADER = ("method", "ms", "by SGD", "quartiles", "by Adam", "MB", "by SGD", "by Adam")
 
 
 def cells(row: Row) -> list[str]:
@@ -120,40 +193,60 @@ def cells(row: Row) -> list[str]:
         f"{row.milliseconds:.3g}",
         f"{row.ratio:.2f}",
         f"{row.ratio_low:.2f}-{row.ratio_high:.2f}",
-        f"{row.compile_seconds:.1f} s",
+        f"{row.adam_ratio:.2f}",
         f"{row.megabytes:.4g}",
         f"{row.memory_ratio:.3f}",
+        f"{row.adam_memory_ratio:.3f}",
     ]
     return [row.method, *("" if number.startswith("nan") else number for number in numbers)]
 
 
-def make_table(name: str, rows: Sequence[Row]) -> Table:
-    """Returns the table of one network and batch size for the terminal."""
-    table = Table(title=name, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for header in HEADER:
-        table.add_column(header, justify="left" if header == "method" else "right", no_wrap=True)
+def make_table(name: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Returns a table for the terminal, its first column a name and the others numbers."""
+    table = Table(title=name, box=box.SIMPLE_HEAD, padding=0)
+    for column, title in enumerate(header):
+        table.add_column(title, justify="right" if column else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*cells(row))
+        table.add_row(*row)
     return table
 
 
-def by_case(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+def by_case(rows: Sequence[C]) -> list[tuple[str, list[C]]]:
     """Groups the rows of a network and batch size."""
 
-    def case(row: Row) -> str:
+    def case(row: Case) -> str:
         return f"{row.network}, batch {row.batch_size}"
 
     return [(name, list(own)) for name, own in itertools.groupby(rows, case)]
 
 
-def summary(rows: Sequence[Row], attribute: str, form: str) -> str:
+def summary(rows: Sequence[Case], attribute: str, form: str, methods: Sequence[str] = METHODS) -> str:
     """Returns a table in Markdown of one attribute: a row a network and batch size, a column a method."""
-    methods = [method for method in METHODS if any(row.method == method for row in rows)]
+    methods = [method for method in methods if any(row.method == method for row in rows)]
     lines = []
     for name, own in by_case(rows):
         values = {row.method: form.format(getattr(row, attribute)) for row in own}
         lines.append([name, *(values.get(method, "").replace("nan", "") for method in methods)])
-    return figures.markdown(["network", *methods], lines)
+    return markdown(["network", *methods], lines)
+
+
+def adam_table(rows: Sequence[Row]) -> str:
+    """Returns a table in Markdown of what BNP(Adam) takes by what Adam takes."""
+    own = [(name, row) for name, case in by_case(rows) for row in case if row.method == "BNP(Adam)"]
+    lines = [[name, f"{row.adam_ratio:.2f}", f"{row.adam_memory_ratio:.3f}"] for name, row in own]
+    return markdown(["network", "time", "memory"], lines)
+
+
+COMPILATION_HEADER = ("method", "CPU s", "ratio", "quartiles", "to", "operations", "added a layer")
+
+
+def compilation_cells(row: Compilation) -> list[str]:
+    """Returns a row of the table."""
+    ratios = ["", "", "", f"{row.operations:,}", ""]
+    if row.method != row.base:
+        quartiles = f"{row.ratio_low:.2f}-{row.ratio_high:.2f}"
+        ratios = [f"{row.ratio:.2f}", quartiles, row.base, f"{row.operations:,}", f"{row.added:.0f}"]
+    return [row.method, f"{row.cpu_seconds:.2f}", *ratios]
 
 
 def make_figure(rows: Sequence[Row]) -> Figure:
@@ -201,7 +294,15 @@ def make(results: Path) -> tuple[dict[str, str], dict[str, Figure]]:
         tables[f"{name}-ratio"] = summary(rows, "ratio", "{:.2f}")
         tables[f"{name}-memory"] = summary(rows, "memory_ratio", "{:.3f}")
         tables[f"{name}-state"] = summary(rows, "state_ratio", "{:.2%}")
+        if any(row.method == "BNP(Adam)" for row in rows):
+            tables[f"{name}-adam"] = adam_table(rows)
         drawn[name] = make_figure(rows)
+    if kernels := runs.read_rows(results / "kernels.csv", Kernels):
+        tables["kernels-count"] = summary(kernels, "kernels", "{:,}", KERNELS_METHODS)
+        tables["kernels-gigabytes"] = summary(kernels, "gigabytes", "{:.3g}", KERNELS_METHODS)
+        tables["kernels-compile"] = summary(kernels, "compile_seconds", "{:.1f}", KERNELS_METHODS)
+    if compilation := runs.read_rows(results / "compilation.csv", Compilation):
+        tables["compilation"] = markdown(COMPILATION_HEADER, [*map(compilation_cells, compilation)])
     if points := runs.read_rows(results / "growth.csv", Point):
         drawn["growth"] = make_growth_figure(points)
     return tables, drawn

@@ -2,7 +2,7 @@
 
 All methods of a network are compiled first and then take turns, in a new order every round, so that a machine that
 slows down slows them all. What is compared are ratios: the time of a method by that of SGD in the same round, and the
-median of these over the rounds. Every case is a few rows of a CSV file; ``report.py`` draws it.
+median of these over the rounds; by that of Adam too. Every case is a few rows of a CSV file; ``report.py`` draws it.
 """
 
 import argparse
@@ -52,7 +52,11 @@ def bnp_sgd(layers: bnp.Layers) -> optax.GradientTransformationExtraArgs:
     return optax.chain(bnp.scale_by_bnp(layers), sgd)
 
 
-sgd = optax.sgd(RATE, momentum=0.9)
+def bnp_adam(layers: bnp.Layers) -> optax.GradientTransformationExtraArgs:
+    return bnp.preconditioned(adam, layers)
+
+
+sgd, adam = optax.sgd(RATE, momentum=0.9), optax.adam(RATE)
 METHODS = {
     "SGD": Method("none", plain(sgd)),
     "BN": Method("bn", plain(sgd)),
@@ -61,7 +65,8 @@ METHODS = {
     "BNP": Method("none", bnp_sgd, "records"),
     "BNP, kept": Method("none", bnp_sgd, "kept"),
     "BNP+GN": Method("gn", bnp_sgd, "records"),
-    "Adam": Method("none", plain(optax.adam(RATE))),
+    "Adam": Method("none", plain(adam)),
+    "BNP(Adam)": Method("none", bnp_adam, "records"),
     "Muon": Method("none", plain(optax.contrib.muon(RATE))),
 }
 KFAC = "K-FAC"  # if kfac_jax is installed: pip install git+https://github.com/google-deepmind/kfac-jax
@@ -77,7 +82,7 @@ class Network(NamedTuple):
     characters: int = 0  # of a language model's alphabet
 
 
-LANGUAGE_METHODS = ("SGD", "BNP", "BNP, kept", "Adam", "Muon")  # beside its LayerNorms
+LANGUAGE_METHODS = ("SGD", "BNP", "BNP, kept", "Adam", "BNP(Adam)", "Muon")  # beside its LayerNorms
 
 
 def language_model(width: int, num_heads: int, num_blocks: int, length: int) -> Network:
@@ -128,8 +133,16 @@ def make_batch(network: Network, batch_size: int, dtype: jnp.dtype) -> tuple[jax
     return jax.random.normal(key, (batch_size, *network.shape), dtype), jnp.arange(batch_size) % 10
 
 
-def prepare(network: Network, method: Method, batch_size: int, dtype: jnp.dtype) -> Contender:
-    """Compiles the training step of a method.
+class Training(NamedTuple):
+    """A training step of a method, as functions that a caller compiles or only traces."""
+
+    init: Callable[[], Any]  # returns the state: parameters, running averages, optimizer
+    step: Callable[[Any, jax.Array, jax.Array], Any]  # returns the next state
+    batch: tuple[jax.Array, jax.Array]
+
+
+def make_training(network: Network, method: Method, batch_size: int, dtype: jnp.dtype) -> Training:
+    """Puts a network, a method and a batch together.
 
     Args:
       network: what is trained, on random numbers.
@@ -137,12 +150,15 @@ def prepare(network: Network, method: Method, batch_size: int, dtype: jnp.dtype)
       batch_size: examples a step.
       dtype: of activations; parameters are float32.
     """
-    model, key = network.make(method.normalization), jax.random.key(0)
+    model = network.make(method.normalization)
     x, y = make_batch(network, batch_size, dtype)
     options: dict[str, Any] = {} if network.characters else {"train": True}
-    variables = jax.jit(model.init)(key, x)
-    params, batch_stats = variables["params"], variables.get("batch_stats", {})
     tx = method.optimizer(bnp.linen.find_layers(model, x))
+
+    def init() -> Any:
+        variables = jax.jit(model.init)(jax.random.key(0), x)
+        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        return params, batch_stats, tx.init(params)
 
     def loss_fn(params: optax.Params, batch_stats: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
         cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
@@ -160,12 +176,18 @@ def prepare(network: Network, method: Method, batch_size: int, dtype: jnp.dtype)
         updates, opt_state = tx.update(gradients, opt_state, params, intermediates=records)
         return optax.apply_updates(params, updates), updated.get("batch_stats", {}), opt_state
 
-    state = (params, batch_stats, tx.init(params))
+    return Training(init, step, (x, y))
+
+
+def prepare(network: Network, method: Method, batch_size: int, dtype: jnp.dtype) -> Contender:
+    """Compiles the training step of a method, see :func:`make_training`."""
+    init, step, batch = make_training(network, method, batch_size, dtype)
+    state = init()
     start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, x, y).compile()
+    compiled = jax.jit(step, donate_argnums=0).lower(state, *batch).compile()
     seconds = time.perf_counter() - start
     flops = float((compiled.cost_analysis() or {}).get("flops", np.nan))
-    return Contender(lambda state: compiled(state, x, y), state, seconds, bytes_of_step(compiled), flops)
+    return Contender(lambda state: compiled(state, *batch), state, seconds, bytes_of_step(compiled), flops)
 
 
 def bytes_of_step(compiled: jax.stages.Compiled) -> float:
@@ -262,7 +284,7 @@ def measure(name: str, batch_size: int, methods: Sequence[str], seconds: float, 
         contenders["BNP, every 10"] = contenders["BNP"]
         times["BNP, every 10"] = share * times["BNP"] + (1 - share) * times["BNP, kept"]
     size = sum(leaf.size for leaf in jax.tree.leaves(contenders["SGD"].state[0]))
-    base = contenders["SGD"]
+    base, adam_base = contenders["SGD"], contenders.get("Adam")
     rows = []
     for method, own in times.items():
         contender = contenders[method]
@@ -286,6 +308,8 @@ def measure(name: str, batch_size: int, methods: Sequence[str], seconds: float, 
                 device=jax.devices()[0].device_kind,
                 dtype=str(np.dtype(dtype)),
                 commit=runs.commit(),
+                adam_ratio=float(np.median(own / times["Adam"])) if adam_base else np.nan,
+                adam_memory_ratio=contender.memory / adam_base.memory if adam_base else np.nan,
             )
         )
     return rows
@@ -324,7 +348,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
         for batch_size in args.batch_sizes or cases.get(name, [32]):
             rows = report.replace(output, measure(name, batch_size, args.methods, args.seconds, dtype))
     for case, own in report.by_case(rows):
-        rich.print(report.make_table(case, own))
+        rich.print(report.make_table(case, report.HEADER, [*map(report.cells, own)]))
     report.make_figure(rows).savefig(output.with_suffix(".png"), dpi=110)
     return rows
 
