@@ -77,6 +77,29 @@ class CNN(nn.Module):
         return nn.Dense(self.classes)(x)
 
 
+class TutorialCNN(nn.Module):
+    """The network of Flax's MNIST tutorials: two convolutions with pooling, and two fully connected layers.
+
+    Attributes:
+      normalization: the kind of normalization, before every activation.
+      group_size: channels of a group, for Group Normalization.
+      classes: number of classes.
+    """
+
+    normalization: Normalization = "none"
+    group_size: int = 4
+    classes: int = 10
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Returns the logits."""
+        norm = functools.partial(normalize, self.normalization, self.group_size, train)
+        for width in (32, 64):
+            x = nn.avg_pool(nn.relu(norm(nn.Conv(width, (3, 3))(x))), (2, 2), strides=(2, 2))
+        x = nn.relu(norm(nn.Dense(256)(x.reshape(x.shape[0], -1))))
+        return nn.Dense(self.classes)(x)
+
+
 class ResNet(nn.Module):
     """Pre-activation residual network of blocks of two 3x3 convolutions (He et al., 2016).
 

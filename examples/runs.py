@@ -13,7 +13,9 @@ import numpy as np
 
 T = TypeVar("T")
 
-METHODS = ("sgd", "bn", "gn", "bnp", "bnp+gn")
+METHODS = ("sgd", "bn", "gn", "bnp", "bnp+gn", "preconditioned")
+OPTIMIZERS = ("sgd", "adam", "muon")
+BOUNDS = ("none", "gradient", "step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +24,17 @@ class Run:
 
     Attributes:
       data: the set of images.
-      model: "mlp", "cnn", "resnet18" or "resnet110".
-      method: how it is trained: "sgd", or with "bn" or "gn" layers, with "bnp", or with both ("bnp+gn").
+      model: "mlp", "cnn", "tutorial" (Flax's network for MNIST), "resnet18" or "resnet110".
+      method: how it is trained: "sgd", which is the optimizer alone, or with "bn" or "gn" layers, with "bnp" before the
+        optimizer, or with both ("bnp+gn"), or by the optimizer in BNP's variables ("preconditioned").
       batch_size: examples a step.
       rate: the learning rate, or the highest of the schedule.
       seed: of the initial weights and the order of the examples.
       examples: how many examples are seen.
-      momentum: of the steps.
+      optimizer: "sgd", "adam", or "muon" on kernels with Adam at a tenth of the rate on all else.
+      bound: what bounds the optimizer's steps: "none"; "gradient", clipped for every unit to a tenth of the norm of its
+        weights (``optax.adaptive_grad_clip``); "step", clipped for every kernel to 3 % of its norm.
+      momentum: of SGD's steps.
       weight_decay: of all parameters, decoupled from the preconditioner.
       schedule: "constant", or "steps": a tenth of the rate for 400 steps (at most a tenth of the run), then the rate,
         divided by 10 after half and after three quarters of the run.
@@ -51,6 +57,8 @@ class Run:
     rate: float
     seed: int
     examples: int
+    optimizer: str = "sgd"
+    bound: str = "none"
     momentum: float = 0.0
     weight_decay: float = 0.0
     schedule: str = "constant"

@@ -1,4 +1,4 @@
-r"""Trains image classifiers with SGD, Batch Normalization, Group Normalization, BNP, or BNP and Group Normalization.
+r"""Trains image classifiers with SGD, Adam or Muon: alone, with normalization layers, or with BNP.
 
 One run, or all combinations of several methods, batch sizes, learning rates and seeds::
 
@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import rich
 import rich.progress
 from rich import box
@@ -44,6 +45,8 @@ from runs import Result, Run
 
 EVALUATION_BATCH = 500
 WARM_UP_STEPS = 400
+GRADIENT_BOUND, STEP_BOUND = 0.1, 0.03  # relative to the norm of what they change
+MODELS = ("mlp", "small-mlp", "cnn", "tutorial", "resnet18", "resnet110")
 
 
 class State(NamedTuple):
@@ -65,6 +68,8 @@ def make_model(run: Run) -> nn.Module:
             return models.MLP(normalization, group_size=run.group_size)
         case "cnn":
             return models.CNN(normalization, group_size=run.group_size)
+        case "tutorial":
+            return models.TutorialCNN(normalization, group_size=run.group_size)
     resnet = {"resnet18": models.resnet_18, "resnet110": models.resnet_110}[run.model]
     scaled = nn.initializers.variance_scaling(2 * run.init_scale**2, "fan_in", "truncated_normal")
     return resnet(normalization=normalization, group_size=run.group_size, kernel_init=scaled)
@@ -74,12 +79,6 @@ def make_optimizer(
     run: Run, rate: jax.Array | float, layers: bnp.Layers | None
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the optimizer of a run at a learning rate; ``layers`` are those that BNP covers."""
-    momentum = optax.trace(run.momentum) if run.momentum else optax.identity()
-    steps = [optax.add_decayed_weights(run.weight_decay), momentum]
-    if layers is not None:
-        scaling: Any = run.scaling if run.scaling.isalpha() else float(run.scaling)
-        preconditioner = bnp.scale_by_bnp(layers, run.decay, scaling=scaling, prior_examples=run.prior_examples)
-        steps.insert(2 if run.bnp_last else 0, preconditioner)
     num_steps = run.examples // run.batch_size
 
     def schedule(step: jax.Array) -> jax.Array:
@@ -88,7 +87,49 @@ def make_optimizer(
         factors = {min(WARM_UP_STEPS, num_steps // 10): 10.0, num_steps // 2: 0.1, 3 * num_steps // 4: 0.1}
         return jnp.asarray(rate * optax.piecewise_constant_schedule(0.1, factors)(step))
 
-    return optax.chain(*steps, optax.scale_by_learning_rate(schedule))
+    scaling: Any = run.scaling if run.scaling.isalpha() else float(run.scaling)
+    options: Any = {"decay": run.decay, "scaling": scaling, "prior_examples": run.prior_examples}
+    match run.optimizer:
+        case "sgd":
+            momentum = optax.trace(run.momentum) if run.momentum else optax.identity()
+            steps = [optax.add_decayed_weights(run.weight_decay), momentum]
+            if layers is not None and run.method.startswith("bnp"):
+                steps.insert(2 if run.bnp_last else 0, bnp.scale_by_bnp(layers, **options))
+            inner = optax.chain(*steps, optax.scale_by_learning_rate(schedule))
+        case "adam":
+            inner = optax.adamw(schedule, weight_decay=run.weight_decay)
+        case _:
+            inner = optax.contrib.muon(
+                schedule,
+                weight_decay=run.weight_decay,
+                adam_learning_rate=lambda step: schedule(step) / 10,
+                muon_weight_dimension_numbers=kernel_matrices,
+            )
+    if run.bound == "gradient":
+        inner = optax.chain(optax.adaptive_grad_clip(GRADIENT_BOUND), inner)
+    elif run.bound == "step":
+        inner = optax.chain(inner, optax.stateless_with_tree_map(clip_kernel))
+    if layers is not None and run.method == "preconditioned":
+        return bnp.preconditioned(inner, layers, **options)
+    return optax.with_extra_args_support(inner)
+
+
+def clip_kernel(step: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns the step of a kernel, at most ``STEP_BOUND`` times as long as the kernel; a bias has no such length."""
+    if step.ndim == 1:
+        return step
+    longest = STEP_BOUND * jnp.linalg.norm(kernel)
+    return step * jnp.minimum(1, longest / jnp.maximum(jnp.linalg.norm(step), jnp.finfo(step.dtype).tiny))
+
+
+def kernel_matrices(params: optax.Params) -> Any:
+    """Returns how each kernel is a matrix of its inputs, those of a window included, and outputs; None for the rest."""
+
+    def as_matrix(leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        inputs = tuple(range(leaf.ndim - 1))
+        return optax.contrib.MuonDimensionNumbers(inputs, leaf.ndim - 1) if inputs else None
+
+    return jax.tree.map(as_matrix, params)
 
 
 def covered_layers(run: Run, model: nn.Module, x: jax.Array) -> bnp.Layers:
@@ -124,7 +165,7 @@ def make_program(run: Run, image_shape: tuple[int, ...], mean: float, deviation:
     """
     model = make_model(run)
     blank = jnp.zeros((1, *image_shape))
-    layers = covered_layers(run, model, blank) if run.method.startswith("bnp") else None
+    layers = covered_layers(run, model, blank) if run.method.startswith(("bnp", "preconditioned")) else None
     optimizer = functools.partial(make_optimizer, run, layers=layers)
 
     def standardized(x: jax.Array) -> jax.Array:
@@ -321,13 +362,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     option, default = parser.add_argument, {field.name: field.default for field in runs.RUN_FIELDS}
     option("--data", default="digits", choices=images.SOURCES, help="set of images")
     option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the sets' files")
-    option("--model", default="mlp", choices=("mlp", "small-mlp", "cnn", "resnet18", "resnet110"), help="network")
+    option("--model", default="mlp", choices=MODELS, help="network")
     option("--method", nargs="+", default=["bnp"], choices=runs.METHODS, help="how it is trained")
     option("--batch-size", nargs="+", type=int, default=[32], metavar="N", help="examples a step")
     option("--lr", nargs="+", type=float, default=[0.1], metavar="RATE", help="learning rates")
     option("--seed", nargs="+", type=int, default=[0], metavar="SEED", help="of initial weights and batches")
     option("--examples", type=int, default=50_000, metavar="N", help="how many examples a run sees")
-    option("--momentum", type=float, default=0.0)
+    option("--optimizer", default="sgd", choices=runs.OPTIMIZERS)
+    option("--bound", default="none", choices=runs.BOUNDS, help="of the steps, relative to what they change")
+    option("--momentum", type=float, default=0.0, help="of SGD")
     option("--weight-decay", type=float, default=0.0)
     option("--schedule", default="constant", choices=("constant", "steps"), help="steps: warm-up, two drops")
     option("--augment", action="store_true", help="shift and mirror the training images")

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+import beyond
 import bnp_optax as bnp
 import conditioning
 import figures
@@ -20,6 +21,7 @@ import images
 import models
 import paper
 import runs
+import tables
 import train
 from runs import Result, Run
 
@@ -452,6 +454,26 @@ def test_the_experiments_in_a_short_form(tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("experiment", beyond.EXPERIMENTS)
+def test_the_experiments_beyond_the_paper_in_a_short_form(experiment, tmp_path, capsys):
+    beyond.main([experiment, "--quick", "--results", str(tmp_path), "--workers", "1"])
+    results = runs.read(tmp_path / f"{experiment}.csv")
+    assert len({result.run for result in results}) == len(results) >= 4
+    assert not any(result.diverged for result in results)
+    table = figures.make(tmp_path)[0][experiment]
+    for result in results:
+        assert f"{result.validation_accuracy[-1]:.1f}" in table
+    capsys.readouterr()
+
+
+def test_bounds_are_what_they_say():
+    kernel = jnp.arange(6.0).reshape(2, 3)
+    step = 0.01 * jnp.ones((2, 3))
+    np.testing.assert_array_equal(train.clip_kernel(step, kernel), step)
+    np.testing.assert_allclose(jnp.linalg.norm(train.clip_kernel(100 * step, kernel)), 0.03 * jnp.linalg.norm(kernel))
+    np.testing.assert_array_equal(train.clip_kernel(100 * step[0], kernel[0]), 100 * step[0])
+
+
 def test_condition_numbers_in_a_short_form(tmp_path):
     output = tmp_path / "e4.csv"
     rows = conditioning.measure_all(output, [0], [0, 2])
@@ -479,7 +501,7 @@ def test_figures_need_results(tmp_path):
     with pytest.raises(ValueError, match="holds no CSV file"):
         figures.make(tmp_path)
     with pytest.raises(ValueError, match="no table 'e7'"):
-        figures.fill_tables("<!-- table: e7 -->\n<!-- end -->", {"e1": ""})
+        tables.fill_tables("<!-- table: e7 -->\n<!-- end -->", {"e1": ""})
     with pytest.raises(ValueError, match="runs of different lengths"):
-        figures.cells([result(0.1, 90.0), result(0.1, 90.0, examples=640)])
-    assert figures.cells([result(0.1, 90.0)]) == []  # its runs at the best rate are still to come
+        tables.cells([result(0.1, 90.0), result(0.1, 90.0, examples=640)])
+    assert tables.cells([result(0.1, 90.0)]) == []  # its runs at the best rate are still to come

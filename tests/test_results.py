@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import figures
+import tables
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "results/README.md")
@@ -21,7 +22,7 @@ def made():
 def test_tables_are_those_of_the_csv_files(page, made):
     text = (ROOT / page).read_text()
     assert TABLE.search(text)
-    assert figures.fill_tables(text, made[0]) == text, "run make figures"
+    assert tables.fill_tables(text, made[0]) == text, "run make figures"
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,0 +1,105 @@
+"""Experiments beyond the paper: how large the steps of SGD may be, what bounds them, and Adam and Muon with BNP.
+
+* ``rule``: SGD at a learning rate in proportion to 1 - momentum, for three networks, batch sizes from 8 to 512.
+* ``bound``: SGD in BNP's variables, its gradients or its steps clipped relative to what they change.
+* ``optimizers``: Adam and Muon, alone and in BNP's variables, over a grid of learning rates.
+
+A call continues where an earlier one stopped. ``figures.py`` writes the tables of what comes out.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import rich
+
+import train
+from runs import Run
+
+BATCH_SIZES, MOMENTA, SEEDS = (512, 128, 32, 8), (0.0, 0.9, 0.99), (0, 1, 2)
+NETWORKS = (("digits", "mlp", 10_240), ("mnist", "tutorial", 12_800), ("cifar-10", "cnn", 12_800))
+RATE_FACTOR, LARGER_FACTOR = 0.1, 0.3
+RATES = {0.9: (0.03, 0.1, 0.3, 1.0), 0.0: (0.1, 0.3, 1.0, 3.0)}  # by momentum
+TUNED = {
+    ("adam", 128): (0.001, 0.003, 0.01),
+    ("muon", 128): (0.003, 0.01, 0.03),
+    ("adam", 4): (0.0003, 0.001, 0.003, 0.01),
+    ("muon", 4): (0.001, 0.003, 0.01, 0.03),
+}
+EXAMPLES = {128: 51_200, 4: 12_800}
+
+
+def rule(quick: bool) -> list[Run]:
+    """Returns BNP by the rule with three seeds; with one, SGD by the rule, and BNP at three times the rates."""
+    todo = []
+    for seed, (data, model, examples), size, momentum in itertools.product(SEEDS, NETWORKS, BATCH_SIZES, MOMENTA):
+        run = Run(data, model, "bnp", size, round(RATE_FACTOR * (1 - momentum), 6), seed, examples, momentum=momentum)
+        larger = dataclasses.replace(run, rate=round(LARGER_FACTOR * (1 - momentum), 6))
+        inside = (
+            [dataclasses.replace(run, method="preconditioned")] if momentum == 0.9 else []
+        )  # equal without momentum
+        if seed == 0:
+            todo += [run, dataclasses.replace(run, method="sgd"), larger, *inside]
+        elif momentum < 0.99:
+            todo += [run, *inside]
+    return shorten(todo[:7]) if quick else todo
+
+
+def bound(quick: bool) -> list[Run]:
+    """Returns SGD in BNP's variables with every bound, at rates up to those that BN bears."""
+    networks = [("cifar-10", "cnn", 128, 12_800), ("cifar-10", "cnn", 4, 6_400)]
+    todo = [
+        Run(data, model, "preconditioned", size, rate, 0, examples, bound=kind, momentum=momentum)
+        for (data, model, size, examples), momentum in itertools.product(networks, RATES)
+        for rate, kind in itertools.product(RATES[momentum], ("none", "gradient", "step"))
+    ]
+    todo += [
+        Run("mnist", "tutorial", "preconditioned", size, rate, 0, 12_800, bound=kind, momentum=0.9)
+        for size, rate, kind in itertools.product((128, 32), RATES[0.9], ("none", "gradient", "step"))
+    ]
+    return shorten(todo[:6]) if quick else todo
+
+
+def optimizers(quick: bool) -> list[Run]:
+    """Returns Adam and Muon, alone and in BNP's variables, at all rates."""
+    todo = [
+        Run("cifar-10", "cnn", method, size, rate, 0, EXAMPLES[size], optimizer, reads_test=True)
+        for (optimizer, size), rates in TUNED.items()
+        for method in ("sgd", "preconditioned")
+        for rate in rates
+    ]
+    return shorten([run for run in todo if run.batch_size == 128][1::3]) if quick else todo
+
+
+def shorten(todo: list[Run]) -> list[Run]:
+    """Returns the runs in a short form, on scikit-learn's digits, which need no download."""
+    return [dataclasses.replace(run, data="digits", examples=1024) for run in todo]
+
+
+EXPERIMENTS: dict[str, Callable[[bool], list[Run]]] = {"rule": rule, "bound": bound, "optimizers": optimizers}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the experiments and prints what came out."""
+    parser = argparse.ArgumentParser(description="Runs experiments beyond the paper's and continues earlier calls.")
+    option = parser.add_argument
+    option("experiments", nargs="*", default=list(EXPERIMENTS), metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
+    option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets' files (data)")
+    option("--results", type=Path, default=Path("results"), metavar="DIR", help="folder of the CSV files (results)")
+    option("--quick", action="store_true", help="a short form on scikit-learn's digits, which needs no download")
+    cpu = jax.default_backend() == "cpu"
+    option("--workers", type=int, default=os.cpu_count() if cpu else 1, metavar="N", help="processes (one a core)")
+    args = parser.parse_args(argv)
+    if unknown := set(args.experiments) - set(EXPERIMENTS):
+        parser.error(f"no experiment {', '.join(sorted(unknown))}; there are {', '.join(EXPERIMENTS)}")
+    for name in args.experiments:
+        todo = EXPERIMENTS[name](args.quick)
+        rich.print(train.make_table(train.sweep(todo, args.results / f"{name}.csv", args.data_dir, args.workers)))
+
+
+if __name__ == "__main__":
+    main()
