@@ -18,12 +18,13 @@ import jax
 import rich
 
 import train
-from runs import Run
+from runs import BOUNDS, Run
 
 BATCH_SIZES, MOMENTA, SEEDS = (512, 128, 32, 8), (0.0, 0.9, 0.99), (0, 1, 2)
 NETWORKS = (("digits", "mlp", 10_240), ("mnist", "tutorial", 12_800), ("cifar-10", "cnn", 12_800))
 RATE_FACTOR, LARGER_FACTOR = 0.1, 0.3
 RATES = {0.9: (0.03, 0.1, 0.3, 1.0), 0.0: (0.1, 0.3, 1.0, 3.0)}  # by momentum
+EPOCHS = {"none": (0.01, 0.03), "gradient": (0.03,), "step": (0.03,), "small-step": (0.03, 0.1, 0.3, 1.0)}  # rates
 TUNED = {
     ("adam", 128): (0.001, 0.003, 0.01),
     ("muon", 128): (0.003, 0.01, 0.03),
@@ -50,18 +51,21 @@ def rule(quick: bool) -> list[Run]:
 
 
 def bound(quick: bool) -> list[Run]:
-    """Returns SGD in BNP's variables with every bound, at rates up to those that BN bears."""
-    networks = [("cifar-10", "cnn", 128, 12_800), ("cifar-10", "cnn", 4, 6_400)]
+    """Returns SGD in BNP's variables with every bound, at rates up to those that BN bears, and some for an epoch."""
+    cnn = Run("cifar-10", "cnn", "preconditioned", 128, 0.0, 0, 12_800)
+    tutorial = dataclasses.replace(cnn, data="mnist", model="tutorial", momentum=0.9)
+    in_small_batches = dataclasses.replace(cnn, batch_size=4, examples=6_400)
+    cells = [dataclasses.replace(run, momentum=momentum) for run in (cnn, in_small_batches) for momentum in RATES]
+    cells += [dataclasses.replace(tutorial, batch_size=size) for size in (128, 32)]
     todo = [
-        Run(data, model, "preconditioned", size, rate, 0, examples, bound=kind, momentum=momentum)
-        for (data, model, size, examples), momentum in itertools.product(networks, RATES)
-        for rate, kind in itertools.product(RATES[momentum], ("none", "gradient", "step"))
+        dataclasses.replace(cell, rate=rate, bound=kind)
+        for cell in cells
+        for kind in (BOUNDS if cell.model == "cnn" else BOUNDS[:3])
+        for rate in RATES[cell.momentum]
     ]
-    todo += [
-        Run("mnist", "tutorial", "preconditioned", size, rate, 0, 12_800, bound=kind, momentum=0.9)
-        for size, rate, kind in itertools.product((128, 32), RATES[0.9], ("none", "gradient", "step"))
-    ]
-    return shorten(todo[:6]) if quick else todo
+    epoch = dataclasses.replace(cells[0], examples=51_200)
+    todo += [dataclasses.replace(epoch, rate=rate, bound=kind) for kind, rates in EPOCHS.items() for rate in rates]
+    return shorten(todo[:16:4]) if quick else todo
 
 
 def optimizers(quick: bool) -> list[Run]:

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 METHODS = ("sgd", "bn", "gn", "bnp", "bnp+gn", "preconditioned")
 OPTIMIZERS = ("sgd", "adam", "muon")
-BOUNDS = ("none", "gradient", "step")
+BOUNDS = ("none", "gradient", "step", "small-step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Run:
       examples: how many examples are seen.
       optimizer: "sgd", "adam", or "muon" on kernels with Adam at a tenth of the rate on all else.
       bound: what bounds the optimizer's steps: "none"; "gradient", clipped for every unit to a tenth of the norm of its
-        weights (``optax.adaptive_grad_clip``); "step", clipped for every kernel to 3 % of its norm.
+        weights (``optax.adaptive_grad_clip``); "step" and "small-step", clipped for every kernel to 3 % or
+        1 % of its norm.
       momentum: of SGD's steps.
       weight_decay: of all parameters, decoupled from the preconditioner.
       schedule: "constant", or "steps": a tenth of the rate for 400 steps (at most a tenth of the run), then the rate,

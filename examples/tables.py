@@ -200,7 +200,7 @@ def rule_table(results: Sequence[Result]) -> str:
 
 def bound_table(results: Sequence[Result]) -> str:
     """Returns what SGD in BNP's variables reaches with every bound, at every learning rate."""
-    bounds = {"none": "none", "gradient": "gradient, a tenth", "step": "step, 3 %"}
+    bounds = {"none": "none", "gradient": "gradient, a tenth", "step": "step, 3 %", "small-step": "step, 1 %"}
     return grid_table(results, ["momentum", "bound"], lambda run: [f"{run.momentum:g}", bounds[run.bound]])
 
 

@@ -45,7 +45,7 @@ from runs import Result, Run
 
 EVALUATION_BATCH = 500
 WARM_UP_STEPS = 400
-GRADIENT_BOUND, STEP_BOUND = 0.1, 0.03  # relative to the norm of what they change
+GRADIENT_BOUND, STEP_BOUNDS = 0.1, {"step": 0.03, "small-step": 0.01}  # relative to the norm of what they change
 MODELS = ("mlp", "small-mlp", "cnn", "tutorial", "resnet18", "resnet110")
 
 
@@ -107,18 +107,19 @@ def make_optimizer(
             )
     if run.bound == "gradient":
         inner = optax.chain(optax.adaptive_grad_clip(GRADIENT_BOUND), inner)
-    elif run.bound == "step":
-        inner = optax.chain(inner, optax.stateless_with_tree_map(clip_kernel))
+    elif run.bound in STEP_BOUNDS:
+        clip = functools.partial(clip_kernel, STEP_BOUNDS[run.bound])
+        inner = optax.chain(inner, optax.stateless_with_tree_map(clip))
     if layers is not None and run.method == "preconditioned":
         return bnp.preconditioned(inner, layers, **options)
     return optax.with_extra_args_support(inner)
 
 
-def clip_kernel(step: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Returns the step of a kernel, at most ``STEP_BOUND`` times as long as the kernel; a bias has no such length."""
+def clip_kernel(proportion: float, step: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns the step of a kernel, at most in this proportion to its norm; a bias, which starts at zero, is free."""
     if step.ndim == 1:
         return step
-    longest = STEP_BOUND * jnp.linalg.norm(kernel)
+    longest = proportion * jnp.linalg.norm(kernel)
     return step * jnp.minimum(1, longest / jnp.maximum(jnp.linalg.norm(step), jnp.finfo(step.dtype).tiny))
 
 

@@ -469,9 +469,11 @@ def test_the_experiments_beyond_the_paper_in_a_short_form(experiment, tmp_path, 
 def test_bounds_are_what_they_say():
     kernel = jnp.arange(6.0).reshape(2, 3)
     step = 0.01 * jnp.ones((2, 3))
-    np.testing.assert_array_equal(train.clip_kernel(step, kernel), step)
-    np.testing.assert_allclose(jnp.linalg.norm(train.clip_kernel(100 * step, kernel)), 0.03 * jnp.linalg.norm(kernel))
-    np.testing.assert_array_equal(train.clip_kernel(100 * step[0], kernel[0]), 100 * step[0])
+    np.testing.assert_array_equal(train.clip_kernel(0.03, step, kernel), step)
+    np.testing.assert_allclose(
+        jnp.linalg.norm(train.clip_kernel(0.03, 100 * step, kernel)), 0.03 * jnp.linalg.norm(kernel)
+    )
+    np.testing.assert_array_equal(train.clip_kernel(0.03, 100 * step[0], kernel[0]), 100 * step[0])
 
 
 def test_condition_numbers_in_a_short_form(tmp_path):
