@@ -184,7 +184,7 @@ def top_eigenvalue(
 
 def _change_of_variables(layer: Layer, statistics: Statistics) -> Callable[[jax.Array], jax.Array]:
     """Returns the linear function z -> P z on a layer's vectors."""
-    if not isinstance(statistics, Statistics) or layer.path not in set(statistics):
+    if not isinstance(statistics, Statistics) or layer.path not in statistics.packing.places:
         raise ValueError(
             f"The statistics hold no {layer.kernel.name}. Pass the state of scale_by_bnp itself (in a chain, its place "
             "in the tuple of states), or the statistics of that of preconditioned."

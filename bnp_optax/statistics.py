@@ -44,11 +44,19 @@ class LayerStatistics(NamedTuple):
     skipped: jax.Array
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("mean", "variance", "damping", "scale", "seen", "skipped"),
-    meta_fields=("packing",),
-)
+# What each array has one number of, and how many axes these have in a layer's own shape.
+_KINDS = {
+    "mean": "inputs",
+    "variance": "inputs",
+    "damping": "rows",
+    "scale": "entries",
+    "seen": "entries",
+    "skipped": "entries",
+}
+_RANKS = {"entries": 1, "rows": 2, "inputs": 3}
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=LayerStatistics._fields, meta_fields=("packing",))
 @dataclasses.dataclass(frozen=True)
 class Statistics:
     """The running statistics of all layers; ``statistics["Conv_0"].mean`` is the mean of one.
@@ -83,19 +91,15 @@ class Statistics:
     skipped: jax.Array
 
     def __getitem__(self, path: str) -> LayerStatistics:
-        shape, entries, rows, inputs = self.packing.places[path]
+        place = self.packing.places[path]
 
-        def part(x: jax.Array, place: slice, shape: tuple[int, ...]) -> jax.Array:
-            return x[..., place].reshape(*x.shape[:-1], *shape)  # leading axes: many states, as under `jax.vmap`
+        def part(name: str) -> jax.Array:
+            kind = _KINDS[name]
+            x: jax.Array = getattr(self, name)
+            shape = place.shape[: _RANKS[kind]]
+            return x[..., getattr(place, kind)].reshape(*x.shape[:-1], *shape)  # leading axes: as under `jax.vmap`
 
-        return LayerStatistics(
-            mean=part(self.mean, inputs, shape),
-            variance=part(self.variance, inputs, shape),
-            damping=part(self.damping, rows, shape[:2]),
-            scale=part(self.scale, entries, shape[:1]),
-            seen=part(self.seen, entries, shape[:1]),
-            skipped=part(self.skipped, entries, shape[:1]),
-        )
+        return LayerStatistics(*map(part, LayerStatistics._fields))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.packing.places)
@@ -281,11 +285,10 @@ def check(statistics: Any, packing: Packing) -> None:
                 f"The state's moments of {path} have shape {saved.get(path)}, but the layers need {needed.get(path)} "
                 f"(stack, group, input). {_RESTORE}"
             )
-    entries, rows, inputs = packing.size
-    sizes = {"mean": inputs, "variance": inputs, "damping": rows, "scale": entries, "seen": entries, "skipped": entries}
-    for name, size in sizes.items():
-        if (shape := jnp.shape(getattr(statistics, name))) != (size,):
-            raise ValueError(f"The state's {name} has shape {shape}, but the layers need {(size,)}. {_RESTORE}")
+    for name, kind in _KINDS.items():
+        needed_shape = (packing.size[_RANKS[kind] - 1],)
+        if (shape := jnp.shape(getattr(statistics, name))) != needed_shape:
+            raise ValueError(f"The state's {name} has shape {shape}, but the layers need {needed_shape}. {_RESTORE}")
 
 
 def _to_state_dict(statistics: Statistics) -> dict[str, dict[str, jax.Array]]:

@@ -53,17 +53,21 @@ class MLP(nn.Module):
 
 
 class CNN(nn.Module):
-    """Five layers: three 3x3 convolutions, each followed by pooling, and two fully connected ones.
+    """3x3 convolutions, each followed by pooling, and two fully connected layers.
 
     Pooling takes the average, whose gradient XLA computes several times faster on CPUs than that of the maximum.
 
     Attributes:
       normalization: the kind of normalization, before every activation.
+      widths: channels of the convolutions.
+      hidden: units of the first fully connected layer.
       group_size: channels of a group, for Group Normalization.
       classes: number of classes.
     """
 
     normalization: Normalization = "none"
+    widths: tuple[int, ...] = (32, 32, 64)
+    hidden: int = 64
     group_size: int = 4
     classes: int = 10
 
@@ -71,32 +75,9 @@ class CNN(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Returns the logits."""
         norm = functools.partial(normalize, self.normalization, self.group_size, train)
-        for width in (32, 32, 64):
+        for width in self.widths:
             x = nn.avg_pool(nn.relu(norm(nn.Conv(width, (3, 3))(x))), (2, 2), strides=(2, 2))
-        x = nn.relu(norm(nn.Dense(64)(x.reshape(x.shape[0], -1))))
-        return nn.Dense(self.classes)(x)
-
-
-class TutorialCNN(nn.Module):
-    """The network of Flax's MNIST tutorials: two convolutions with pooling, and two fully connected layers.
-
-    Attributes:
-      normalization: the kind of normalization, before every activation.
-      group_size: channels of a group, for Group Normalization.
-      classes: number of classes.
-    """
-
-    normalization: Normalization = "none"
-    group_size: int = 4
-    classes: int = 10
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Returns the logits."""
-        norm = functools.partial(normalize, self.normalization, self.group_size, train)
-        for width in (32, 64):
-            x = nn.avg_pool(nn.relu(norm(nn.Conv(width, (3, 3))(x))), (2, 2), strides=(2, 2))
-        x = nn.relu(norm(nn.Dense(256)(x.reshape(x.shape[0], -1))))
+        x = nn.relu(norm(nn.Dense(self.hidden)(x.reshape(x.shape[0], -1))))
         return nn.Dense(self.classes)(x)
 
 
@@ -141,6 +122,11 @@ class ResNet(nn.Module):
                 x = x + conv(width, (3, 3))(nn.relu(norm(y)))
         x = nn.relu(norm(x)).mean(axis=(1, 2))
         return nn.Dense(self.classes, kernel_init=self.kernel_init)(x)
+
+
+def tutorial_cnn(**attributes: Any) -> CNN:
+    """Returns the network of Flax's MNIST tutorials, of two convolutions."""
+    return CNN(widths=(32, 64), hidden=256, **attributes)
 
 
 def resnet_18(*, group_size: int = 32, **attributes: Any) -> ResNet:

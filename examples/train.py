@@ -69,7 +69,7 @@ def make_model(run: Run) -> nn.Module:
         case "cnn":
             return models.CNN(normalization, group_size=run.group_size)
         case "tutorial":
-            return models.TutorialCNN(normalization, group_size=run.group_size)
+            return models.tutorial_cnn(normalization=normalization, group_size=run.group_size)
     resnet = {"resnet18": models.resnet_18, "resnet110": models.resnet_110}[run.model]
     scaled = nn.initializers.variance_scaling(2 * run.init_scale**2, "fan_in", "truncated_normal")
     return resnet(normalization=normalization, group_size=run.group_size, kernel_init=scaled)

@@ -16,3 +16,10 @@ def x64():
     """Float64 for the whole module, for tests of exact statements."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def standard_promotion():
+    """JAX as users have it, for examples, and for Optax's own transformations, which mix dtypes and ranks."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield

@@ -2,7 +2,9 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
+import optax.contrib
 
 
 def with_statistics(statistics, path, **fields):
@@ -14,3 +16,9 @@ def with_statistics(statistics, path, **fields):
         for name, value in fields.items()
     }
     return dataclasses.replace(statistics, **changed)
+
+
+def muon_dimensions(params):
+    """Muon on all kernels, that of the convolution as `[window * inputs, outputs]`."""
+    two, four = optax.contrib.MuonDimensionNumbers(), optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
+    return jax.tree.map(lambda leaf: {2: two, 4: four}.get(leaf.ndim), params)

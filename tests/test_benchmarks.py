@@ -21,16 +21,11 @@ import runs
 import steps
 from tables import fill_tables
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 ROOT = Path(__file__).parent.parent
 WIDTH = 8
 TINY = steps.Network(lambda kind: models.MLP(kind, widths=(WIDTH,)), (4, 4, 1))
-
-
-@pytest.fixture(autouse=True)
-def as_users_run_it():
-    """Examples are user code, which Optax and Flax do not check for promotion."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def test_all_methods_take_turns(tmp_path, monkeypatch, capsys):

@@ -11,8 +11,11 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
+from helpers import muon_dimensions
 
 import bnp_optax as bnp
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 class Net(nn.Module):
@@ -56,16 +59,6 @@ def preconditioned(inner=None, **options):
 def as_transformation(multi_steps):
     """Optax's own `gradient_transformation()` drops extra arguments."""
     return optax.GradientTransformationExtraArgs(multi_steps.init, multi_steps.update)
-
-
-def muon():
-    """On all kernels, that of the convolution as `[window * inputs, outputs]`."""
-    two, four = optax.contrib.MuonDimensionNumbers(), optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
-
-    def dimensions(params):
-        return jax.tree.map(lambda leaf: {2: two, 4: four}.get(leaf.ndim), params)
-
-    return optax.contrib.muon(1e-2, muon_weight_dimension_numbers=dimensions)
 
 
 STATIC = ("inner", "layers", "variance", "scaling")
@@ -115,7 +108,7 @@ WRAPPERS = {
     "before Adam": lambda: optax.chain(bnp.scale_by_bnp(LAYERS), optax.adamw(1e-3)),
     "in z, adam": preconditioned,
     "in z, adamw": lambda: preconditioned(optax.adamw(1e-2)),
-    "in z, muon": lambda: preconditioned(muon()),
+    "in z, muon": lambda: preconditioned(optax.contrib.muon(1e-2, muon_weight_dimension_numbers=muon_dimensions)),
     "in z, clipping inside": lambda: preconditioned(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))),
     "in z, clipping and decay around": lambda: optax.chain(
         optax.clip_by_global_norm(1.0), preconditioned(), optax.add_decayed_weights(-1e-4)
@@ -138,13 +131,6 @@ WRAPPERS = {
     "in z, MultiSteps outside": lambda: optax.MultiSteps(preconditioned(), every_k_schedule=2),
     "in z, MultiSteps inside": lambda: preconditioned(as_transformation(optax.MultiSteps(optax.adam(1e-2), 2))),
 }
-
-
-@pytest.fixture(autouse=True)
-def promotion_of_optax():
-    """Optax's own wrappers mix dtypes and ranks."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture(scope="module", params=WRAPPERS)

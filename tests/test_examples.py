@@ -4,10 +4,11 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import jax
 import matplotlib.image
 import numpy as np
 import pytest
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -17,13 +18,6 @@ def load(name):
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(autouse=True)
-def as_users_run_it():
-    """Examples are user code, which Optax and Flax do not check for promotion."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def test_digits(tmp_path, capsys):

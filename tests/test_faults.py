@@ -12,6 +12,8 @@ import pytest
 
 import bnp_optax as bnp
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 LAYERS_IN_ORDER = ("conv", "hidden", "out")
 STEPS, BAD_STEP = 30, 12
 
@@ -76,12 +78,6 @@ def without_the_bad_batch(name="bnp_sgd"):
 
 def poison_at(position, bad):
     return lambda step: jnp.zeros(3).at[position].set(bad if step == BAD_STEP else 0)
-
-
-@pytest.fixture(autouse=True)
-def promotion_of_optax():
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

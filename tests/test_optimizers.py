@@ -15,19 +15,12 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from helpers import with_statistics
+from helpers import muon_dimensions, with_statistics
 
 import bnp_optax as bnp
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "standard_promotion")
 EPS, Q2 = (1e-2, 1e-4), 4.0
-
-
-@pytest.fixture(autouse=True)
-def promotion_of_optax():
-    """Optax's own transformations mix dtypes and ranks."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 class Net(nn.Module):
@@ -103,12 +96,6 @@ def frozen_state(tx, inner, z):
         fields = {"mean": MEANS[path], "variance": VARIANCES[path], "damping": DAMPING[path], "scale": Q2}
         statistics = with_statistics(statistics, path, **fields)
     return bnp.PreconditionedState(statistics, inner.init(z))
-
-
-def muon_dimensions(params):
-    """Muon on all kernels, that of the convolution as `[window * inputs, outputs]`."""
-    two, four = optax.contrib.MuonDimensionNumbers(), optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
-    return jax.tree.map(lambda leaf: {2: two, 4: four}.get(leaf.ndim), params)
 
 
 def sophia():

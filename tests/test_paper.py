@@ -25,14 +25,9 @@ import tables
 import train
 from runs import Result, Run
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def as_users_run_it():
-    """Examples are user code, which Optax and Flax do not check for promotion."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 # Files of images

@@ -17,14 +17,7 @@ from hypothesis import strategies as st
 
 import bnp_optax as bnp
 
-pytestmark = pytest.mark.usefixtures("x64")
-
-
-@pytest.fixture(autouse=True)
-def promotion_of_optax():
-    """Optax's own transformations mix dtypes and ranks."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("x64", "standard_promotion")
 
 
 class MLP(nn.Module):

@@ -46,11 +46,11 @@ def accuracy(shown, tx, batch_size):
     return 100 * float((logits.argmax(-1) == labels[-NUM_TEST:]).mean())
 
 
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("batch_size", [8, 32, 128])
 def test_not_below_plain_sgd(shown, batch_size):
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        plain = max(accuracy(shown, tx, batch_size) for tx in PLAIN)
-        reached = [accuracy(shown, tx, batch_size) for tx in shown[1]]
+    plain = max(accuracy(shown, tx, batch_size) for tx in PLAIN)
+    reached = [accuracy(shown, tx, batch_size) for tx in shown[1]]
     assert len(reached) == 2
     assert plain > 80
     assert min(reached) > plain - 1.5  # which is less than two standard deviations of a difference over 640 images
