@@ -13,6 +13,7 @@ References:
   (dense layers) and Algorithm 3 (convolutions).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -79,7 +80,8 @@ class Coordinates(NamedTuple):
             return Weights(new_kernel, None)
         return Weights(new_kernel, (bias + _sum_over_inputs(self.mean, kernel)) / self.bias_rate)
 
-    @jax.jit
+    # A call of its own would have XLA for CPUs schedule it apart, and keep an activation alive for it.
+    @functools.partial(jax.jit, inline=True)
     def precondition(self, gradient: Weights) -> Weights:
         """Returns ``P P' g``, the paper's step: what a gradient step in z does to the weights.
 

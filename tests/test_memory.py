@@ -10,10 +10,12 @@ import bnp_optax as bnp
 
 
 class MLP(nn.Module):
+    width: int = 256
+
     @nn.compact
     def __call__(self, x):
         for _ in range(3):
-            x = nn.relu(nn.Dense(256)(x))
+            x = nn.relu(nn.Dense(self.width)(x))
         return nn.Dense(10)(x)
 
 
@@ -77,11 +79,12 @@ def compiled_bytes(model, x, preconditioned):
     ("model", "shape", "dtype"),
     [
         (MLP(), (64, 784), jnp.float32),
+        (MLP(1000), (1024, 784), jnp.float32),  # an activation that is kept for longer would show
         (CNN(), (64, 32, 32, 3), jnp.float32),
         (WideCNN(), (2, 8, 8, 128), jnp.float32),
         (Transformer(), (64, 64), jnp.int32),
     ],
-    ids=["mlp", "cnn", "wide cnn", "transformer"],
+    ids=["mlp", "wide mlp", "cnn", "wide cnn", "transformer"],
 )
 def test_a_step_takes_the_memory_of_plain_sgd(model, shape, dtype):
     x = jax.ShapeDtypeStruct(shape, dtype)
