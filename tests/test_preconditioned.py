@@ -77,6 +77,17 @@ def test_identity_inside_is_the_papers_method(options):
     chex.assert_trees_all_close(state[0].statistics, expected_state[0], rtol=1e-10)
 
 
+def test_the_inner_optimizer_begins_at_z():
+    """At the start the mean is 0 and the variance 1, so that z is w times the root of what damping makes of it."""
+    keep = optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, state))
+    z = bnp.preconditioned(keep, LAYERS, eps_relative=0.5, eps=0.25).init(PARAMS).inner
+    expected = {
+        name: {k: leaf * (np.sqrt(1.75) if k == "kernel" else 1) for k, leaf in own.items()} if name in LAYERS else own
+        for name, own in PARAMS.items()
+    }
+    chex.assert_trees_all_close(z, expected, rtol=1e-12)
+
+
 def test_sgd_inside_is_sgd_behind():
     """Without momentum: P changes from step to step, and with it what an old gradient in z stands for."""
     params, _ = train(bnp.preconditioned(optax.sgd(0.1), LAYERS))
