@@ -1,5 +1,6 @@
 """Finding the layers of NNX models and recording their inputs, in float64."""
 
+import gc
 import threading
 
 import chex
@@ -176,6 +177,7 @@ def test_finding_changes_nothing_and_allocates_nothing():
     model, tokens, rngs = Net(nnx.Rngs(0)), jnp.zeros((2, 7), jnp.int32), nnx.Rngs(1)
     graphdef, state = nnx.split((model, rngs))
     state = jax.tree.map(jnp.copy, state)
+    gc.collect()  # or arrays of tests before this one may be freed while it runs
     before = len(jax.live_arrays())
     bnp_nnx.find_layers(
         model, tokens, method=lambda model, x, *, rngs: model(x) + rngs.normal(dtype=jnp.float32), rngs=rngs
