@@ -2,17 +2,17 @@
 
 from bnp_optax import linen, nnx
 from bnp_optax.bnp import KEEP_STATISTICS, PreconditionedState, bnp_sgd, preconditioned, scale_by_bnp
-from bnp_optax.layers import Layer, Layers, LeftAlone, Parameter
+from bnp_optax.layers import Excluded, Layer, Layers, Parameter
 from bnp_optax.moments import InputMoments, input_moments
 from bnp_optax.statistics import LayerStatistics, Statistics
 
 __all__ = [
     "KEEP_STATISTICS",
+    "Excluded",
     "InputMoments",
     "Layer",
     "LayerStatistics",
     "Layers",
-    "LeftAlone",
     "Parameter",
     "PreconditionedState",
     "Statistics",

@@ -10,11 +10,11 @@ import optax
 from jax.sharding import PartitionSpec
 
 from bnp_optax.coordinates import Coordinates
-from bnp_optax.devices import with_auto_axes
 from bnp_optax.layers import Layer, Layers
 from bnp_optax.moments import InputMoments, VarianceRule, statistics_dtype
 from bnp_optax.packing import Packing
 from bnp_optax.records import find_records
+from bnp_optax.sharding import with_auto_axes
 from bnp_optax.statistics import OLD_STATE, Options, Statistics, Table, absorb, check, coordinates, initial, tabulate
 from bnp_optax.trees import LayerTree, Weights, from_canonical, to_canonical
 
@@ -316,7 +316,7 @@ class _Variables:
         prior_examples: Any,
     ) -> None:
         _check(layers, decay, eps_relative, eps, variance, scaling, prior_examples)
-        self.layers, self.packing = layers, Packing.of(layers.preconditioned)
+        self.layers, self.packing = layers, Packing.of(layers.included)
         match scaling:
             case "examples":
                 full_step: Any = self.packing.per_entry(lambda path: layers[path].fan_in)
@@ -377,7 +377,7 @@ def _check(
     if not layers:
         raise ValueError(
             "layers has no layer to precondition: this would be the optimizer alone. print(layers) says why each "
-            "parameter is left alone."
+            "parameter is excluded."
         )
     if isinstance(decay, NUMBERS) and not 0 <= decay < 1:
         raise ValueError(f"decay must be in [0, 1), but is {decay}.")

@@ -13,6 +13,7 @@ the preconditioner is one formula for every kind of layer. The axes are
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 
@@ -125,9 +126,9 @@ class Layer:
       kind: what the layer is, for the reader ("Dense", "Conv", ...).
       kernel: its kernel.
       bias: its bias, ``None`` for a layer without one.
-      record: the path in the intermediates of its :class:`~bnp_optax.InputMoments`.
-      lifts: the leading axes that the model's own transforms add to that record, outermost first:
-        ``s`` an axis of the kernel's stack, ``e`` examples, ``r`` repeated calls (time steps).
+      record: the name among the records of its :class:`~bnp_optax.InputMoments`, mostly its own path.
+      record_axes: the leading axes that the model's own transforms add to that record, outermost
+        first: ``s`` an axis of the kernel's stack, ``e`` examples, ``r`` repeated calls (time steps).
 
     Example:
       >>> layer = Layer.dense(("encoder", "kernel"), (784, 100), bias=("encoder", "bias"))
@@ -138,12 +139,12 @@ class Layer:
     kind: str
     kernel: Parameter
     bias: Parameter | None
-    record: Path
-    lifts: str = ""
+    record: str
+    record_axes: str = ""
 
     @classmethod
     def dense(
-        cls, kernel: Path, shape: tuple[int, int], bias: Path | None = None, record: Path | None = None
+        cls, kernel: Path, shape: tuple[int, int], bias: Path | None = None, record: str | None = None
     ) -> "Layer":
         """Describes ``h @ kernel + bias`` of any JAX code.
 
@@ -151,8 +152,7 @@ class Layer:
           kernel: the kernel's path in the parameters.
           shape: the kernel's shape, ``(inputs, outputs)``.
           bias: the path of the bias, of shape ``(outputs,)``, if there is one.
-          record: where the intermediates hold the record of the layer's input; by default
-            :func:`record_path` of the kernel.
+          record: the name of the record of the layer's input; by default the layer's own path.
 
         Returns:
           The layer.
@@ -161,7 +161,7 @@ class Layer:
             kind="Dense",
             kernel=Parameter(kernel, shape, split=shape, roles="io"),
             bias=None if bias is None else Parameter(bias, shape[1:], split=shape[1:], roles="o"),
-            record=record_path(kernel) if record is None else record,
+            record=layer_name(kernel) if record is None else record,
         )
 
     @property
@@ -172,7 +172,7 @@ class Layer:
     @property
     def path(self) -> str:
         """The kernel's name without a final ``/kernel``."""
-        return self.kernel.name.removesuffix("/kernel")
+        return layer_name(self.kernel.path)
 
     @property
     def fan_in(self) -> int:
@@ -185,13 +185,13 @@ class Layer:
         return math.prod(self.kernel.stack_shape), self.kernel.axis_size("g"), self.kernel.axis_size("i")
 
 
-def record_path(kernel: Path) -> Path:
-    """Returns where the record of a kernel's input lies: beside it, its name followed by ``_input``."""
-    return (*kernel[:-1], f"{kernel[-1]}_input")
+def layer_name(kernel: Path) -> str:
+    """Returns the name of the layer that has this kernel: its path without a final ``kernel``."""
+    return "/".join(kernel).removesuffix("/kernel")
 
 
 @dataclasses.dataclass(frozen=True)
-class LeftAlone:
+class Excluded:
     """A parameter whose gradient passes unchanged.
 
     Attributes:
@@ -207,13 +207,13 @@ class LeftAlone:
 
 @dataclasses.dataclass(frozen=True)
 class Layers(Mapping[str, Layer]):
-    """The layers to precondition, by path, and the parameters that are left alone.
+    """The layers to precondition, by path, and the parameters that are excluded.
 
     Immutable and hashable, so that it can be a static argument. ``print(layers)`` shows a table.
 
     Attributes:
-      preconditioned: the layers, in the order in which the model calls them.
-      left_alone: the parameters that pass unchanged, each with the reason.
+      included: the layers to precondition, in the order in which the model calls them.
+      excluded: the parameters that pass unchanged, each with the reason.
 
     Raises:
       ValueError: if two layers claim the same parameter.
@@ -229,34 +229,35 @@ class Layers(Mapping[str, Layer]):
       layer   kind   kernel  fan-in  covers        parameters
       hidden  Dense     8x4       8  kernel, bias          36
       <BLANKLINE>
-      Left alone: not selected
+      Excluded: not selected
         out/kernel  4x2
       <BLANKLINE>
       1 layer covers 36 of 44 parameters (81.8%).
     """
 
-    preconditioned: tuple[Layer, ...]
-    left_alone: tuple[LeftAlone, ...] = ()
+    included: tuple[Layer, ...]
+    excluded: tuple[Excluded, ...] = ()
 
     def __post_init__(self) -> None:
-        claims = collections.Counter(parameter.name for layer in self.preconditioned for parameter in layer.parameters)
+        claims = collections.Counter(parameter.name for layer in self.included for parameter in layer.parameters)
         if twice := [name for name, count in claims.items() if count > 1]:
             raise ValueError(f"Two layers claim the same parameter: {', '.join(twice)}. Each belongs to one layer.")
 
+    @functools.cached_property
+    def _by_path(self) -> dict[str, Layer]:
+        return {layer.path: layer for layer in self.included}
+
     def __getitem__(self, path: str) -> Layer:
-        for layer in self.preconditioned:
-            if layer.path == path:
-                return layer
-        raise KeyError(path)
+        return self._by_path[path]
 
     def __iter__(self) -> Iterator[str]:
-        return (layer.path for layer in self.preconditioned)
+        return iter(self._by_path)
 
     def __len__(self) -> int:
-        return len(self.preconditioned)
+        return len(self.included)
 
     def select(self, predicate: Callable[[Layer], bool]) -> "Layers":
-        """Keeps the layers for which the predicate holds; the others are left alone.
+        """Keeps the layers for which the predicate holds; the others are excluded.
 
         Args:
           predicate: called with each :class:`Layer`.
@@ -264,14 +265,15 @@ class Layers(Mapping[str, Layer]):
         Returns:
           A new :class:`Layers`.
         """
-        chosen = tuple(layer for layer in self.preconditioned if predicate(layer))
+        chosen = tuple(layer for layer in self.included if predicate(layer))
+        kept = {layer.path for layer in chosen}
         dropped = tuple(
-            LeftAlone(parameter.path, parameter.shape, "not selected")
-            for layer in self.preconditioned
-            if layer not in chosen
+            Excluded(parameter.path, parameter.shape, "not selected")
+            for layer in self.included
+            if layer.path not in kept
             for parameter in layer.parameters
         )
-        return Layers(chosen, self.left_alone + dropped)
+        return Layers(chosen, self.excluded + dropped)
 
     def __str__(self) -> str:
         return table(self)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnp_optax.devices import with_auto_axes
+from bnp_optax.sharding import with_auto_axes
 
 VarianceRule = Literal["mixture", "batch"]
 
@@ -177,7 +177,7 @@ def pool(moments: InputMoments, example_axes: Sequence[int] = (), repeat_axes: S
     return squeezed
 
 
-def pool_devices(moments: InputMoments, axis_name: str | tuple[str, ...]) -> InputMoments:
+def pool_named_axis(moments: InputMoments, axis_name: str | tuple[str, ...]) -> InputMoments:
     """Pools the records of all devices (or of a `vmap`) along the named axis, which adds examples."""
     return _pool(moments, lambda leaf: jax.lax.psum(leaf, axis_name))
 

@@ -14,7 +14,7 @@ _PATH_WIDTH = 40  # leaves room for the other columns in 100
 
 
 def table(layers: "Layers") -> str:
-    """Returns what ``print(layers)`` shows: the layers, what is left alone and why, and the share that is covered."""
+    """Returns what ``print(layers)`` shows: the layers, what is excluded and why, and the share that is covered."""
     rows = [
         (
             layer.path,
@@ -26,16 +26,16 @@ def table(layers: "Layers") -> str:
         )
         for layer in layers.values()
     ]
-    covered, left = sum(row[-1] for row in rows), sum(math.prod(other.shape) for other in layers.left_alone)
+    covered, left = sum(row[-1] for row in rows), sum(math.prod(other.shape) for other in layers.excluded)
     parts = []
     if rows:
         header = ("layer", "kind", "kernel", "fan-in", "covers", "parameters")
         folded = [(path, *rest, f"{count * size:,}") for count, (path, *rest, size) in _fold(rows)]
         parts.append(_align([header, *folded], "<<>><>"))
-    for reason in dict.fromkeys(other.reason for other in layers.left_alone):
-        others = [("/".join(x.path), _show_shape(x.shape)) for x in layers.left_alone if x.reason == reason]
+    for reason in dict.fromkeys(other.reason for other in layers.excluded):
+        others = [("/".join(x.path), _show_shape(x.shape)) for x in layers.excluded if x.reason == reason]
         lines = _align([("  " + path, shape) for _, (path, shape) in _fold(others)], "<>")
-        parts.append(f"Left alone: {reason}\n{lines}")
+        parts.append(f"Excluded: {reason}\n{lines}")
     layers_cover = "1 layer covers" if len(rows) == 1 else f"{len(rows)} layers cover"
     parts.append(
         f"{layers_cover} {covered:,} of {covered + left:,} parameters ({covered / max(covered + left, 1):.1%})."

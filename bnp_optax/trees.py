@@ -60,7 +60,7 @@ class LayerTree:
         Raises:
           ValueError: if the tree lacks a parameter of a layer, or has it in another shape.
         """
-        parameters = {parameter.path for layer in layers.preconditioned for parameter in layer.parameters}
+        parameters = {parameter.path for layer in layers.included for parameter in layer.parameters}
         with_keys, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_masked)
         leaves = {}
         for keys, leaf in with_keys:
@@ -69,7 +69,7 @@ class LayerTree:
         if not leaves:  # optax.tree.map_params calls init with a placeholder that has no leaves
             return cls({}, leaves, treedef)
         held = {}
-        for layer in layers.preconditioned:
+        for layer in layers.included:
             own = [parameter for parameter in layer.parameters if _is_held(parameter, leaves)]
             if layer.kernel in own:
                 held[layer.path] = layer if layer.bias in own else dataclasses.replace(layer, bias=None)

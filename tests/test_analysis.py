@@ -19,13 +19,13 @@ GROUPED_CONV = Layer(
     "Conv",
     kernel=Parameter(("kernel",), (3, 2, 2, 6), split=(3, 2, 2, 2, 3), roles="wwigo"),
     bias=Parameter(("bias",), (6,), split=(2, 3), roles="go"),
-    record=("kernel_input",),
+    record="kernel",
 )
 STACKED = Layer(
     "Dense",
     kernel=Parameter(("kernel",), (4, 2, 3), split=(4, 2, 3), roles="iso"),
     bias=Parameter(("bias",), (2, 3), split=(2, 3), roles="so"),
-    record=("kernel_input",),
+    record="kernel",
 )
 LAYERS = {"dense": DENSE, "no bias": NO_BIAS, "grouped convolution": GROUPED_CONV, "stack": STACKED}
 

@@ -76,7 +76,7 @@ class Experts(nn.Module):
         w = self.param("kernel", init, (x.shape[1], CHANNELS, CHANNELS), self.dtype)
         b = self.param("bias", init, (x.shape[1], CHANNELS), self.dtype) if self.use_bias else None
         bias = "bias" if self.use_bias else None
-        bnp.linen.record(self, x, "kernel", bias, kernel_roles="sio", bias_roles="so", stack_axes=(1,))
+        bnp.linen.register(self, x, "kernel", bias, kernel_roles="sio", bias_roles="so", stack_axes=(1,))
         y = jnp.einsum("nti,tio->nto", x, w)
         return y if b is None else y + b[None]
 
@@ -235,7 +235,7 @@ def run_case(network, chosen, rest, dtype, seed):
     batches = [jnp.asarray(rng.normal(1, 1, (EXAMPLES, 4, CHANNELS)), dtype) for _ in range(3)]
     params = quick_jit(model.init)(jax.random.key(seed), batches[0])["params"]
     layers = bnp.linen.find_layers(model, batches[0])
-    assert not layers.left_alone
+    assert not layers.excluded
     tx, plain = (optax.chain(*first, *rest, optax.scale(-0.01)) for first in ([bnp.scale_by_bnp(layers, **chosen)], []))
 
     @quick_jit

@@ -17,7 +17,7 @@ def two_layers():
             bnp.Layer.dense(("first", "kernel"), (8, 4), bias=("first", "bias")),
             bnp.Layer.dense(("second", "kernel"), (4, 2)),
         ),
-        (bnp.LeftAlone(("embed", "embedding"), (10, 8), "embedding"),),
+        (bnp.Excluded(("embed", "embedding"), (10, 8), "embedding"),),
     )
 
 
@@ -80,19 +80,19 @@ def test_layers_is_an_immutable_hashable_mapping():
     assert layers == two_layers()
     assert hash(layers) == hash(two_layers())
     with pytest.raises(AttributeError):
-        layers.preconditioned = ()
+        layers.included = ()
 
 
 def test_path_of_a_kernel_at_the_root_or_of_another_name():
     assert bnp.Layer.dense(("kernel",), (2, 2)).path == "kernel"
     assert bnp.Layer.dense(("moe", "w_in"), (2, 2)).path == "moe/w_in"
-    assert bnp.Layer.dense(("moe", "w_in"), (2, 2)).record == ("moe", "w_in_input")
+    assert bnp.Layer.dense(("moe", "w_in"), (2, 2)).record == "moe/w_in"
 
 
 def test_select_lists_what_it_dropped():
     layers = two_layers().select(lambda layer: layer.path == "second")
     assert list(layers) == ["second"]
-    dropped = {other.path: other.reason for other in layers.left_alone}
+    dropped = {other.path: other.reason for other in layers.excluded}
     assert dropped == {
         ("embed", "embedding"): "embedding",
         ("first", "kernel"): "not selected",
@@ -110,7 +110,7 @@ def test_one_parameter_belongs_to_one_layer():
 def test_table_counts_what_is_covered():
     lines = str(two_layers()).splitlines()
     assert lines[1].split() == ["first", "Dense", "8x4", "8", "kernel,", "bias", "36"]
-    assert lines[4:6] == ["Left alone: embedding", "  embed/embedding  10x8"]
+    assert lines[4:6] == ["Excluded: embedding", "  embed/embedding  10x8"]
     assert lines[-1] == "2 layers cover 44 of 124 parameters (35.5%)."
     assert str(bnp.Layers(())).startswith("0 layers cover 0 of 0 parameters (0.0%).")
 
@@ -119,7 +119,7 @@ def test_table_folds_repeated_blocks_and_fits_a_terminal():
     path = ("a_module_with_quite_a_long_name", "of_another", "block_{}", "dense_{}", "kernel")
     layers = bnp.Layers(
         tuple(bnp.Layer.dense(tuple(part.format(k) for part in path), (16, 16 if k % 50 else 8)) for k in range(100)),
-        tuple(bnp.LeftAlone((f"norm_{k}", "scale"), (16,), "scale of a normalization") for k in range(100)),
+        tuple(bnp.Excluded((f"norm_{k}", "scale"), (16,), "scale of a normalization") for k in range(100)),
     )
     lines = str(layers).splitlines()
     assert len(lines) < 12

@@ -14,7 +14,7 @@ import bnp_optax as bnp
 
 
 class Net(nn.Module):
-    """Convolutions and dense layers beside layers that are left alone."""
+    """Convolutions and dense layers beside layers that are excluded."""
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -42,7 +42,7 @@ def test_layers_have_the_layout_of_their_modules():
     assert [layer.fan_in for layer in layers.values()] == [18, 8, 96]
     assert [layer.bias is None for layer in layers.values()] == [False, True, False]
     assert layers["grouped"].kind == "Conv"
-    reasons = {"/".join(other.path): other.reason for other in layers.left_alone}
+    reasons = {"/".join(other.path): other.reason for other in layers.excluded}
     assert set(reasons) == {"BatchNorm_0/scale", "BatchNorm_0/bias", "LayerNorm_0/scale", "LayerNorm_0/bias"}
     assert set(reasons.values()) == {"scale or shift of a normalization"}
 
@@ -82,10 +82,10 @@ def test_finding_wants_the_same_model_as_init():
     params = Net().init(jax.random.key(0), jnp.ones((2, 8, 8, 2)))["params"]
     paths = {jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in jax.tree.leaves_with_path(params)}
     described = {p.name for layer in layers.values() for p in layer.parameters}
-    assert paths == described | {"/".join(other.path) for other in layers.left_alone}
+    assert paths == described | {"/".join(other.path) for other in layers.excluded}
 
 
-def test_what_cannot_be_preconditioned_is_left_alone_with_the_reason():
+def test_what_cannot_be_preconditioned_is_excluded_with_the_reason():
     class Overriding(nn.Dense):
         @nn.compact
         def __call__(self, inputs):
@@ -106,9 +106,9 @@ def test_what_cannot_be_preconditioned_is_left_alone_with_the_reason():
 
     layers = bnp.linen.find_layers(Odd(), jnp.zeros((2, 6), int))
     assert list(layers) == ["Doubling_0"]
-    reasons = {"/".join(other.path): other.reason for other in layers.left_alone}
+    reasons = {"/".join(other.path): other.reason for other in layers.excluded}
     assert reasons == {
-        "gain": "Odd is not one of Flax's linear layers; linen.record makes it known if it is linear",
+        "gain": "Odd is not one of Flax's linear layers; linen.register makes it known if it is linear",
         "Embed_0/embedding": "embedding: its rows are looked up, not multiplied by an input",
         "Overriding_0/kernel": "Overriding overrides __call__ without calling that of nn.Dense",
         "Conv_0/kernel": "masked kernel: its units see different inputs",

@@ -11,7 +11,7 @@ import pytest
 from oracles import bnp_update, patches
 
 import bnp_optax as bnp
-from bnp_optax import kinds
+from bnp_optax import layouts
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -120,12 +120,12 @@ def test_einsum_over_heads_is_a_stack_and_its_equation_may_come_with_the_call():
         ("a,bb->ab", (2, 2)),
     ],
 )
-def test_einsum_that_is_no_linear_layer_is_left_alone(equation, kernel):
-    assert kinds.einsum(equation, kernel) is None
+def test_einsum_that_is_no_linear_layer_is_excluded(equation, kernel):
+    assert layouts.einsum(equation, kernel) is None
     if equation == "ab,b->ab":
         model = nn.Einsum(kernel, equation, kernel_init=nn.initializers.ones, use_bias=False)
         layers = bnp.linen.find_layers(model, jnp.ones((2, 3), jnp.float32))
-        assert {other.reason for other in layers.left_alone} == {
+        assert {other.reason for other in layers.excluded} == {
             "its einsum is not the contraction of an input with the kernel"
         }
 
@@ -229,7 +229,7 @@ def test_bidirectional_network_records_both_directions():
         assert_update(gradients[rnn]["cell"]["i"], updates[rnn]["cell"]["i"], np.reshape(x, (18, 4)), examples=3)
 
 
-def test_wrapped_normalization_of_the_kernel_is_left_alone():
+def test_wrapped_normalization_of_the_kernel_is_excluded():
     layers = bnp.linen.find_layers(
         nn.Sequential([nn.WeightNorm(nn.Dense(3)), nn.Dense(2)]), jnp.ones((2, 4), jnp.float32)
     )
@@ -249,8 +249,8 @@ class LoRA(nn.Module):
         a = self.param("a", nn.initializers.lecun_normal(), (x.shape[-1], self.rank), float)
         b = self.param("b", nn.initializers.normal(), (self.rank, self.features), float)
         low = x @ a
-        bnp.linen.record(self, x, "a", bias=None)
-        bnp.linen.record(self, low, "b", bias=None)
+        bnp.linen.register(self, x, "a", bias=None)
+        bnp.linen.register(self, low, "b", bias=None)
         return y + low @ b
 
 
@@ -272,7 +272,7 @@ def test_mixture_of_experts_is_a_stack():
         def __call__(self, x):
             w = self.param("w", nn.initializers.lecun_normal(batch_axis=0), (3, 4, 2), float)
             b = self.param("b", nn.initializers.normal(), (3, 2), float)
-            bnp.linen.record(self, x, "w", "b", kernel_roles="sio", bias_roles="so", stack_axes=(1,))
+            bnp.linen.register(self, x, "w", "b", kernel_roles="sio", bias_roles="so", stack_axes=(1,))
             return jnp.einsum("nei,eio->neo", x, w) + b[None]
 
     x = normal(0, 6, 3, 4)
@@ -285,17 +285,17 @@ def test_mixture_of_experts_is_a_stack():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernel": "v"}, r"Own_0 has no parameter 'v'\. Call record after self\.param"),
+        ({"kernel": "v"}, r"Own_0 has no parameter 'v'\. Call register after self\.param"),
         ({"bias": "bias"}, r"Own_0 has no parameter 'bias'"),
         ({"kernel_roles": "sio"}, r"Own_0/w has shape \(4, 2\), but 3 roles 'sio'"),
     ],
 )
-def test_mistakes_in_record_are_named(options, message):
+def test_mistakes_in_register_are_named(options, message):
     class Own(nn.Module):
         @nn.compact
         def __call__(self, x):
             w = self.param("w", nn.initializers.lecun_normal(), (4, 2), float)
-            bnp.linen.record(self, x, **({"kernel": "w", "bias": None} | options))
+            bnp.linen.register(self, x, **({"kernel": "w", "bias": None} | options))
             return x @ w
 
     class Model(nn.Module):

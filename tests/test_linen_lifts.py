@@ -44,7 +44,7 @@ def update_of(layers, apply, params, x):
 
 def model_update(model, params, x):
     layers = bnp.linen.find_layers(model, x)
-    assert not layers.left_alone
+    assert not layers.excluded
     return update_of(layers, lambda p, x: model.apply({"params": p}, x, mutable=["intermediates"]), params, x)
 
 
@@ -408,7 +408,7 @@ def test_missing_variable_axis_is_named_while_tracing(lift):
         model = nn.RNN(nn.GRUCell(4, param_dtype=float), variable_axes={})
     layers = bnp.linen.find_layers(model, x)
     assert len(layers) == 0
-    assert {other.reason for other in layers.left_alone} == {
+    assert {other.reason for other in layers.excluded} == {
         "inside a transform without 'intermediates': 0 in its variable_axes"
     }
     params = model.init(jax.random.key(0), x)["params"]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bnp_optax as bnp
-from bnp_optax.moments import absorb, pool, pool_devices, pool_with_earlier, running_decay
+from bnp_optax.moments import absorb, pool, pool_named_axis, pool_with_earlier, running_decay
 
 pytestmark = pytest.mark.usefixtures("x64")
 seeds = st.integers(0, 2**16)
@@ -107,7 +107,7 @@ def test_pooling_over_a_named_axis_or_two_leading_axes_is_one_batch(outer, inner
     records = jax.vmap(jax.vmap(bnp.input_moments))(x)
     pooled = pool(records, example_axes=[0, 1])
     by_name = jax.vmap(
-        lambda r: pool_devices(pool(r, example_axes=[0]), "devices"), axis_name="devices", out_axes=None
+        lambda r: pool_named_axis(pool(r, example_axes=[0]), "devices"), axis_name="devices", out_axes=None
     )(records)
     for record in (pooled, by_name):
         assert_moments(record, x)

@@ -64,7 +64,7 @@ def weigh(y):
 def update(model, *args):
     """Returns the updates of all parameters after two steps, so that the start matters."""
     layers = bnp_nnx.find_layers(model, *args)
-    assert not layers.left_alone
+    assert not layers.excluded
     tx = bnp.scale_by_bnp(layers, decay=0.5, prior_examples=2)
 
     def loss(model, *args):
@@ -84,7 +84,7 @@ def update(model, *args):
 
 def linen_update(model, params, x):
     layers = bnp.linen.find_layers(model, x)
-    assert not layers.left_alone
+    assert not layers.excluded
     tx = bnp.scale_by_bnp(layers, decay=0.5, prior_examples=2)
 
     def loss(params):
@@ -131,7 +131,7 @@ def unstack(updates, k, axis=0):
 
 
 class Net(nnx.Module):
-    """Layers beside what is left alone and what a careless search would change."""
+    """Layers beside what is excluded and what a careless search would change."""
 
     def __init__(self, rngs):
         self.embed = nnx.Embed(5, 4, rngs=rngs)
@@ -158,7 +158,7 @@ def test_paths_are_those_of_the_parameters_and_layouts_those_of_the_modules():
     assert [layer.moments_shape for layer in layers.values()] == [(1, 1, 4), (1, 2, 3), (1, 1, 6)]
     assert [layer.fan_in for layer in layers.values()] == [12, 9, 6]
     assert [layer.bias is None for layer in layers.values()] == [False, False, True]
-    reasons = {"/".join(other.path): other.reason for other in layers.left_alone}
+    reasons = {"/".join(other.path): other.reason for other in layers.excluded}
     assert reasons == {
         "embed/embedding": "embedding: its rows are looked up, not multiplied by an input",
         "gain": "Net is not one of Flax's linear layers",
@@ -168,7 +168,7 @@ def test_paths_are_those_of_the_parameters_and_layouts_those_of_the_modules():
         "unused/kernel": "not called in this pass",
     }
     described = {p.path: p.shape for layer in layers.values() for p in layer.parameters}
-    described |= {other.path: other.shape for other in layers.left_alone}
+    described |= {other.path: other.shape for other in layers.excluded}
     leaves = jax.tree.leaves_with_path(nnx.as_pure(nnx.state(model, nnx.Param)))
     assert described == {tuple(str(key.key) for key in keys): leaf.shape for keys, leaf in leaves}
 
@@ -211,7 +211,7 @@ def test_a_model_of_shapes_is_found_like_one_of_arrays():
     assert bnp_nnx.find_layers(abstract, tokens) == bnp_nnx.find_layers(Net(nnx.Rngs(0)), tokens)
 
 
-def test_what_cannot_be_preconditioned_is_left_alone_with_the_reason():
+def test_what_cannot_be_preconditioned_is_excluded_with_the_reason():
     class Overriding(nnx.Linear):
         def __call__(self, inputs):
             return inputs @ self.kernel[...]
@@ -240,7 +240,7 @@ def test_what_cannot_be_preconditioned_is_left_alone_with_the_reason():
     with jax.numpy_dtype_promotion("standard"):  # WeightNorm needs it
         layers = bnp_nnx.find_layers(Odd(nnx.Rngs(0)), jnp.ones((2, 5, 4), jnp.float32))
     assert list(layers) == ["lora_linear"]
-    assert {"/".join(other.path): other.reason for other in layers.left_alone} == {
+    assert {"/".join(other.path): other.reason for other in layers.excluded} == {
         "complex/kernel": "complex parameters or input",
         "elementwise/kernel": "its einsum is not the contraction of an input with the kernel",
         "first/kernel": "shared by layers whose inputs differ",
@@ -424,9 +424,9 @@ def test_records_of_an_rnn_are_the_moments_over_all_its_steps(cell):
         hidden.append(np.asarray(carry[1] if isinstance(carry, tuple) else carry))
         carry, _ = rnn.cell(carry, x[:, t])
     layers = bnp_nnx.find_layers(rnn, x)
-    assert not layers.left_alone
+    assert not layers.excluded
     for path, record in records(intermediates).items():
-        assert layers[path.removesuffix("/")].lifts == "r"
+        assert layers[path.removesuffix("/")].record_axes == "r"
         inputs = np.asarray(x).swapaxes(0, 1) if path.split("/")[1] in ("ii", "if_", "ig", "io", "dense_i") else hidden
         pooled = bnp.moments.pool(record, repeat_axes=[0])
         assert_moments(pooled, np.concatenate(inputs), examples=5)
@@ -441,7 +441,7 @@ def test_both_directions_and_repeated_calls_of_an_rnn_pool():
     both = np.concatenate([x, 2 * x]).reshape(-1, 3)
     for direction in ("forward_rnn", "backward_rnn"):
         record = records(intermediates)[f"layer/{direction}/cell/dense_i/"]
-        assert layers[f"layer/{direction}/cell/dense_i"].lifts == "r"
+        assert layers[f"layer/{direction}/cell/dense_i"].record_axes == "r"
         assert_moments(bnp.moments.pool(record, repeat_axes=[0]), both, examples=5)
 
 
@@ -509,7 +509,7 @@ def test_a_loop_over_positions_equals_one_call():
     expected = update(Wrapped(model, lambda layer, x: layer(x)), x)
     loop = nnx.scan(lambda layer, x: layer(x), in_axes=(StateAxes(RECORDS_IN_FRONT), 1), out_axes=1)
     assert_same(update(Wrapped(model, loop), x), expected)
-    assert bnp_nnx.find_layers(Wrapped(model, loop), x)["layer"].lifts == "r"
+    assert bnp_nnx.find_layers(Wrapped(model, loop), x)["layer"].record_axes == "r"
 
 
 @pytest.mark.parametrize("outer", ["s", "e"])
@@ -520,7 +520,7 @@ def test_nested_maps_have_the_axes_of_both_in_order(outer):
     inner = "e" if outer == "s" else "s"
     call = nnx.vmap(nnx.vmap(lambda layer, x: layer(x), in_axes=over[inner]), in_axes=over[outer])
     model = Wrapped(stacked, call)
-    assert bnp_nnx.find_layers(model, x)["layer"].lifts == outer + inner
+    assert bnp_nnx.find_layers(model, x)["layer"].record_axes == outer + inner
     shape = (lambda y: y) if outer == "s" else (lambda y: y.swapaxes(0, 1))
     expected = update(Wrapped(nnx.List(each), lambda layers, x: shape(jnp.stack([layer(x) for layer in layers]))), x)
     for k in range(3):
@@ -544,23 +544,23 @@ def test_a_scan_in_a_scan_has_a_stack_of_two_axes(outer, inner):
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("axis", [1, -1])
-def test_records_with_their_axis_elsewhere_are_left_alone(axis, size):
+def test_records_with_their_axis_elsewhere_are_excluded(axis, size):
     stacked, _ = stack(size)
     for stacked_axis, layer in ((0, stacked), (None, make(nnx.Linear, 3, 3))):
         over = (StateAxes({nnx.Intermediate: axis, ...: stacked_axis}), None if stacked_axis == 0 else 0)
         call = nnx.vmap(lambda layer, x: layer(x), in_axes=over)
         layers = bnp_nnx.find_layers(Wrapped(layer, call), normal(size, 3))
-        assert [other.path[0] for other in layers.left_alone] == ["layer", "layer"]
-        assert "where its record is lost" in layers.left_alone[0].reason
+        assert [other.path[0] for other in layers.excluded] == ["layer", "layer"]
+        assert "where its record is lost" in layers.excluded[0].reason
 
 
-def test_a_stack_that_shares_a_bias_or_a_loop_that_changes_its_kernel_is_left_alone():
+def test_a_stack_that_shares_a_bias_or_a_loop_that_changes_its_kernel_is_excluded():
     stacked, _ = stack(3)
     stacked.bias = nnx.Param(jnp.ones(3))
     over = StateAxes({nnx.PathContains("bias"): None, ...: 0})
     (reason,) = {
         other.reason
-        for other in bnp_nnx.find_layers(Wrapped(stacked, scan_in(in_axes=(over, Carry))), normal(5, 3)).left_alone
+        for other in bnp_nnx.find_layers(Wrapped(stacked, scan_in(in_axes=(over, Carry))), normal(5, 3)).excluded
     }
     assert reason == "its kernel and bias are stacked along different axes"
 
@@ -572,7 +572,7 @@ def test_a_stack_that_shares_a_bias_or_a_loop_that_changes_its_kernel_is_left_al
     over = StateAxes({nnx.Intermediate: 0, ...: Carry})
     call = lambda layer, x: nnx.scan(halve, in_axes=(over, Carry), out_axes=Carry, length=2)(layer, x)  # noqa: E731
     layers = bnp_nnx.find_layers(Wrapped(make(nnx.Linear, 3, 3), call), normal(5, 3))
-    assert "computed from others" in layers.left_alone[0].reason
+    assert "computed from others" in layers.excluded[0].reason
 
 
 def test_a_bias_that_is_no_parameter_is_a_constant():
@@ -580,7 +580,7 @@ def test_a_bias_that_is_no_parameter_is_a_constant():
     model.bias = nnx.Variable(model.bias[...])
     layers = bnp_nnx.find_layers(model, normal(5, 3))
     assert layers["kernel"].bias is None
-    assert not layers.left_alone
+    assert not layers.excluded
 
 
 @pytest.mark.parametrize(
@@ -593,12 +593,12 @@ def test_a_bias_that_is_no_parameter_is_a_constant():
         nnx.jit(lambda layer, x: jax.checkpoint(lambda layer, x: layer(x))(layer, x)),
     ],
 )
-def test_a_layer_whose_record_is_dropped_is_left_alone(call):
+def test_a_layer_whose_record_is_dropped_is_excluded(call):
     model = Wrapped(make(nnx.Linear, 3, 3), call)
     layers = bnp_nnx.find_layers(model, normal(5, 3))
     assert bnp_nnx.find_layers(model, normal(5, 3)) == layers  # the search before did not fill a cache
-    assert [other.path[1] for other in layers.left_alone] == ["bias", "kernel"]
-    assert "where its record is lost" in layers.left_alone[0].reason
+    assert [other.path[1] for other in layers.excluded] == ["bias", "kernel"]
+    assert "where its record is lost" in layers.excluded[0].reason
 
 
 @pytest.mark.parametrize(

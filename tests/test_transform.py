@@ -331,7 +331,7 @@ def test_missing_intermediates_are_a_type_error():
 def test_missing_records_name_their_layers():
     tx = bnp.scale_by_bnp(LAYERS)
     state = tx.init(PARAMS)
-    with pytest.raises(ValueError, match=r"no record of the input of Conv_0, Dense_0, Dense_1\. .*record_inputs"):
+    with pytest.raises(ValueError, match=r"no record of the input of Conv_0, Dense_0, Dense_1\. .*capture"):
         tx.update(GRADIENTS, state, intermediates={})
     with pytest.raises(ValueError, match=r"input of Dense_1\. .*layers\.select"):
         tx.update(GRADIENTS, state, intermediates={k: v for k, v in RECORDS.items() if k != "Dense_1"})

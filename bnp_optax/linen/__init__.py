@@ -6,9 +6,9 @@ collection ``"intermediates"``. Both watch the calls of Flax's linear layers, an
 layer of the user's own reports by :func:`record`.
 """
 
-from bnp_optax.linen.calls import record
+from bnp_optax.linen.calls import register
 from bnp_optax.linen.find import find_layers
-from bnp_optax.linen.recording import record_inputs
+from bnp_optax.linen.recording import capture, record_inputs
 from bnp_optax.linen.train_state import TrainState
 
-__all__ = ["TrainState", "find_layers", "record", "record_inputs"]
+__all__ = ["TrainState", "capture", "find_layers", "record_inputs", "register"]

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax.linen.module import InterceptorContext
 from flax.linen.recurrent import DenseParams
 
-from bnp_optax import kinds
-from bnp_optax.kinds import Kind
+from bnp_optax import layouts as kinds
+from bnp_optax.layouts import Kind
 
 
 class Observer(Protocol):
@@ -26,7 +26,7 @@ class Observer(Protocol):
         """Called after a call of a linear layer, with the names of its kernel and bias, and its input."""
 
     def leave(self, module: nn.Module, reason: str) -> None:
-        """Called after a call of any module, with the reason why its parameters are left alone unless it is seen."""
+        """Called after a call of any module, with the reason why its parameters are excluded unless it is seen."""
 
 
 # jax.jit traces again under another observer, so that what nn.jit has in its cache is never used in its place.
@@ -53,14 +53,14 @@ def observe(observer: Observer) -> Iterator[None]:
             options = {name: value for name, value in kwargs.items() if name != "inputs"}
             if (kind := make_kind(module, _shape(module, "kernel"), x, *rest, **options)) is not None:
                 observer.see_layer(module, "kernel", "bias" if module.has_variable("params", "bias") else None, kind, x)
-        observer.leave(module, refusal or _reason_to_leave_alone(module))
+        observer.leave(module, refusal or _reason_to_exclude(module))
         return result
 
     with _observer(observer), nn.intercept_methods(interceptor):
         yield
 
 
-def record(
+def register(
     module: nn.Module,
     x: jax.Array,
     kernel: str = "kernel",
@@ -101,7 +101,7 @@ def record(
       ...         shape = (x.shape[1], x.shape[2], 8)
       ...         w = self.param("w", nn.initializers.lecun_normal(batch_axis=0), shape)
       ...         b = self.param("b", nn.initializers.zeros, shape[::2])
-      ...         record(self, x, "w", "b", kernel_roles="sio", bias_roles="so", stack_axes=(1,))
+      ...         register(self, x, "w", "b", kernel_roles="sio", bias_roles="so", stack_axes=(1,))
       ...         return jax.numpy.einsum("nei,eio->neo", x, w) + b
       >>> from bnp_optax.linen import find_layers
       >>> print(find_layers(Experts(), jax.numpy.ones((16, 4, 3))))
@@ -173,7 +173,7 @@ def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
     """Returns the shape of a parameter inside the transforms around its module."""
     if not module.has_variable("params", name):
         where = "/".join(module.path) or type(module).__name__
-        raise ValueError(f"{where} has no parameter {name!r}. Call record after self.param, with the parameter's name.")
+        raise ValueError(f"{where} has no parameter {name!r}. Call register after self.param, with its name.")
     shape: tuple[int, ...] = nn.unbox(module.get_variable("params", name)).shape
     return shape
 
@@ -189,7 +189,7 @@ def _refusal(module: nn.Module, around: list[nn.Module]) -> str | None:
     return None
 
 
-def _reason_to_leave_alone(module: nn.Module) -> str:
+def _reason_to_exclude(module: nn.Module) -> str:
     name = type(module).__name__
     if isinstance(module, nn.Embed):
         return kinds.EMBEDDING
@@ -200,4 +200,4 @@ def _reason_to_leave_alone(module: nn.Module) -> str:
     for cls in _KINDS:
         if isinstance(module, cls):
             return f"{name} overrides __call__ without calling that of nn.{cls.__name__}"
-    return f"{name} is not one of Flax's linear layers; linen.record makes it known if it is linear"
+    return f"{name} is not one of Flax's linear layers; linen.register makes it known if it is linear"

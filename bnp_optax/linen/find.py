@@ -7,11 +7,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from bnp_optax import kinds
-from bnp_optax.kinds import Kind
-from bnp_optax.layers import Layer, Layers, LeftAlone, Parameter, Path, record_path
+from bnp_optax import layouts as kinds
+from bnp_optax.layers import Excluded, Layer, Layers, Parameter, Path, layer_name
+from bnp_optax.layouts import Kind
 from bnp_optax.linen.calls import observe
 from bnp_optax.linen.lifts import AxisLog, Logged
+from bnp_optax.records import record_key
 
 
 def find_layers(
@@ -39,7 +40,7 @@ def find_layers(
       **kwargs: keyword arguments of the method.
 
     Returns:
-      The layers; ``print`` them for a table, which also says what is left alone and why.
+      The layers; ``print`` them for a table, which also says what is excluded and why.
 
     Raises:
       ValueError: if recording would make the model fail, as where a layer is called both inside and
@@ -54,7 +55,7 @@ def find_layers(
       layers_0  Dense     4x3       4  kernel, bias          15
       layers_3  Dense     3x2       3  kernel                 6
       <BLANKLINE>
-      Left alone: scale or shift of a normalization
+      Excluded: scale or shift of a normalization
         layers_1/bias   3
         layers_1/scale  3
       <BLANKLINE>
@@ -80,13 +81,13 @@ def find_layers(
         else:
             reasons |= {parameter.path: layer for parameter in (call.kernel, call.bias) if parameter is not None}
     covered = {parameter.path for layer in layers for parameter in layer.parameters}
-    left_alone = []
+    excluded = []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(nn.unbox(variables.get("params", {}))):
         path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
         if path not in covered:
             owner = max((known for known in reasons if path[: len(known)] == known), key=len)
-            left_alone.append(LeftAlone(path, leaf.shape, reasons[owner]))
-    return Layers(tuple(layers), tuple(left_alone))
+            excluded.append(Excluded(path, leaf.shape, reasons[owner]))
+    return Layers(tuple(layers), tuple(excluded))
 
 
 class _Call(NamedTuple):
@@ -121,7 +122,7 @@ class _Finder:
 
         # of the rank of a record's moments, so that a transform that puts its axis elsewhere than first can do so
         mark = Logged(self.log.watch_vmap(path, x).reshape(1, 1, 1), self.log, kernel=None)
-        module.sow("intermediates", record_path(path)[-1], mark, reduce_fn=lambda _, new: new)
+        module.sow("intermediates", record_key(kernel), mark, reduce_fn=lambda _, new: new)
         self.calls[path] = _Call(
             type(module).__name__,
             parameter(kernel, kind.kernel),
@@ -159,7 +160,7 @@ def _describe(call: _Call, log: AxisLog, variables: Mapping[str, Any]) -> Layer 
             parameter = parameter.lift(lift.axis, lift.size)
         return parameter
 
-    path = record_path(call.kernel.path)
+    path = (*call.kernel.path[:-1], record_key(call.kernel.path[-1]))
     record = _look_up(variables.get("intermediates", {}), path)
     if not isinstance(_look_up(variables["params"], call.kernel.path), Logged):
         return "its parameters do not lie where its module does"
@@ -171,7 +172,7 @@ def _describe(call: _Call, log: AxisLog, variables: Mapping[str, Any]) -> Layer 
         or lifts.count("s") != len(kernel.stack_shape) - 1
     ):
         return "inside a transform without 'intermediates': 0 in its variable_axes"
-    return Layer(call.kind, kernel, bias, path, lifts)
+    return Layer(call.kind, kernel, bias, layer_name(kernel.path), lifts)
 
 
 def _look_up(tree: Any, path: Path) -> Any:

@@ -2,18 +2,81 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import scope
 
-from bnp_optax.kinds import Kind
-from bnp_optax.layers import Layers, record_path
+from bnp_optax.layers import Layers
+from bnp_optax.layouts import Kind
 from bnp_optax.linen.calls import observe
-from bnp_optax.moments import InputMoments, pool_devices, pool_with_earlier
+from bnp_optax.moments import InputMoments, pool_named_axis, pool_with_earlier
+from bnp_optax.records import by_layer, record_key
+
+
+def capture(
+    model: nn.Module | Callable[..., Any],
+    *,
+    layers: Layers | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> Callable[..., tuple[Any, dict[str, InputMoments]]]:
+    """Makes ``model.apply`` return the moments of every layer's input beside the output.
+
+    ``y, records = capture(model)(variables, x, ...)`` calls ``model.apply(variables, x, ...)``; the records are what
+    the ``update`` of :func:`~bnp_optax.preconditioned` and :func:`~bnp_optax.scale_by_bnp` takes as ``intermediates=``.
+    They are reduced at once to a few floats a feature, and gradients do not flow through them. A layer called several
+    times in one pass pools its calls.
+
+    Args:
+      model: a Flax Linen module, or its ``apply`` (or ``TrainState.apply_fn``).
+      layers: record these only; by default all that can be. A layer that the pass does not reach
+        then has an empty record, which leaves its statistics as they are: models with ``nn.cond``
+        or ``nn.switch`` need it, as all branches must record the same layers.
+      axis_name: the name of a mapped axis (`jax.shard_map`, `jax.vmap`) over which the batch is
+        split; the records are those of the whole batch.
+
+    Returns:
+      A function with the arguments of ``model.apply``. It returns what that returns, a pair
+      ``(y, updated)`` where collections are ``mutable``, and beside it the records by layer.
+
+    Raises:
+      ValueError: when it is called, naming the layer, if a record cannot leave a transform
+        inside the model, or a layer's input is empty.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> import jax
+      >>> model, x = nn.Sequential([nn.Dense(3)]), jax.numpy.array([[1.0, 4.0], [3.0, 4.0]])
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> y, records = capture(model)(variables, x)
+      >>> print(records["layers_0"].mean, records["layers_0"].examples)
+      [[[2. 4.]]] [2.]
+      >>> model = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=False)])
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> (y, updated), records = capture(model)(variables, x, mutable=["batch_stats"])
+      >>> list(updated), list(records)
+      (['batch_stats'], ['layers_0'])
+    """
+    apply = model.apply if isinstance(model, nn.Module) else model
+
+    def apply_and_record(
+        variables: Any, *args: Any, mutable: scope.CollectionFilter = False, **kwargs: Any
+    ) -> tuple[Any, dict[str, InputMoments]]:
+        with record_inputs(axis_name, layers):
+            collections = scope.union_filters(mutable, "intermediates")
+            y, updated = apply(variables, *args, mutable=collections, **kwargs)
+        records = by_layer(updated.get("intermediates", {}))
+        if mutable is False:
+            return y, records
+        if not scope.in_filter(mutable, "intermediates"):
+            updated = {name: collection for name, collection in updated.items() if name != "intermediates"}
+        return (y, updated), records
+
+    return apply_and_record
 
 
 @contextlib.contextmanager
@@ -80,8 +143,8 @@ class _Recorder:
         try:
             record = kind.moments(x)
             if self.axis_name is not None:
-                record = pool_devices(record, self.axis_name)
-            is_sown = module.sow("intermediates", record_path(path)[-1], record, pool_with_earlier, lambda: None)
+                record = pool_named_axis(record, self.axis_name)
+            is_sown = module.sow("intermediates", record_key(kernel), record, pool_with_earlier, lambda: None)
         except ValueError as error:
             raise ValueError(f"The input of {where} cannot be recorded: {error}.") from error
         if not is_sown:
@@ -99,9 +162,11 @@ def _empty_records(layers: Layers) -> dict[str, Any]:
     """Returns a tree of records without positions, for the layers whose record has a shape known beforehand."""
     records = {}
     for layer in layers.values():
-        if set(layer.lifts) <= {"s"}:
+        if set(layer.record_axes) <= {"s"}:
             stack, (_, *group_and_input) = layer.kernel.stack_shape, layer.moments_shape
             moment, count = jnp.zeros((*stack, *group_and_input)), jnp.zeros(stack)
-            records[layer.record] = InputMoments(moment, moment, count, count)
+            records[(*layer.kernel.path[:-1], record_key(layer.kernel.path[-1]))] = InputMoments(
+                moment, moment, count, count
+            )
     tree: dict[str, Any] = flax.traverse_util.unflatten_dict(records)
     return tree

@@ -7,6 +7,6 @@ layers.
 """
 
 from bnp_optax.nnx.find import find_layers
-from bnp_optax.nnx.recording import record_inputs
+from bnp_optax.nnx.recording import capture, record_inputs
 
-__all__ = ["find_layers", "record_inputs"]
+__all__ = ["capture", "find_layers", "record_inputs"]

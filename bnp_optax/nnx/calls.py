@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bnp_optax import kinds
-from bnp_optax.kinds import Kind
+from bnp_optax import layouts as kinds
+from bnp_optax.layouts import Kind
 
 
 def _einsum(module: nnx.Einsum, kernel: tuple[int, ...], x: jax.Array, einsum_str: str | None = None) -> Kind | None:
@@ -141,8 +141,8 @@ def _kernel(module: Any) -> jax.Array:
     return kernel
 
 
-def reason_to_leave_alone(module: nnx.Module) -> str:
-    """Says why a parameter is left alone whose module was not called as a layer."""
+def reason_to_exclude(module: nnx.Module) -> str:
+    """Says why a parameter is excluded whose module was not called as a layer."""
     name = type(module).__name__
     if isinstance(module, nnx.Embed):
         return kinds.EMBEDDING

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend import core
 
-from bnp_optax import kinds
-from bnp_optax.kinds import Kind
-from bnp_optax.layers import Layer, Layers, LeftAlone, Parameter, Path, record_path
+from bnp_optax import layouts as kinds
+from bnp_optax.layers import Excluded, Layer, Layers, Parameter, Path, layer_name
+from bnp_optax.layouts import Kind
 from bnp_optax.moments import InputMoments
-from bnp_optax.nnx.calls import KINDS, observe, reason_to_leave_alone
+from bnp_optax.nnx.calls import KINDS, observe, reason_to_exclude
 from bnp_optax.nnx.dataflow import MAPPED, Dataflow
 from bnp_optax.nnx.storing import RECORD, REMEDY, RecordError, captured_by, moments_of, pool_records, store
 
@@ -42,7 +42,7 @@ def find_layers(model: nnx.Module, *args: Any, method: Callable[..., Any] | str 
       **kwargs: keyword arguments of the call.
 
     Returns:
-      The layers; ``print`` them for a table, which also says what is left alone and why. Their
+      The layers; ``print`` them for a table, which also says what is excluded and why. Their
       paths are those of ``nnx.state(model, nnx.Param)``.
 
     Raises:
@@ -57,7 +57,7 @@ def find_layers(model: nnx.Module, *args: Any, method: Callable[..., Any] | str 
       layer     kind    kernel  fan-in  covers        parameters
       layers/0  Linear     4x3       4  kernel, bias          15
       <BLANKLINE>
-      Left alone: scale or shift of a normalization
+      Excluded: scale or shift of a normalization
         layers/1/bias   3
         layers/1/scale  3
       <BLANKLINE>
@@ -89,13 +89,13 @@ def find_layers(model: nnx.Module, *args: Any, method: Callable[..., Any] | str 
 
     covered = {parameter.path for layer in layers.values() for parameter in layer.parameters}
     modules = {_as_path(path): module for path, module in nnx.iter_modules(model)}
-    reasons = {path: reason_to_leave_alone(module) for path, module in modules.items()} | reasons
-    left_alone = []
+    reasons = {path: reason_to_exclude(module) for path, module in modules.items()} | reasons
+    excluded = []
     for path, shape in params.items():
         if path not in covered:
             owner = max((known for known in reasons if path[: len(known)] == known), key=len)
-            left_alone.append(LeftAlone(path, shape, reasons[owner]))
-    return Layers(tuple(layers.values()), tuple(left_alone))
+            excluded.append(Excluded(path, shape, reasons[owner]))
+    return Layers(tuple(layers.values()), tuple(excluded))
 
 
 class _Found(nnx.Intermediate[Any]):
@@ -270,7 +270,7 @@ def _describe(call: _Call, params: Mapping[Path, tuple[int, ...]]) -> Layer | st
         # Of several mapped axes the outermost holds the examples, as in an array.
         k = call.kernel.axes.index(MAPPED)
         lifts = f"{lifts[:k]}e{lifts[k + 1 :]}"
-    return Layer(call.name, kernel, bias, record_path((*call.site.path, "kernel")), lifts)
+    return Layer(call.name, kernel, bias, layer_name((*call.site.path, "kernel")), lifts)
 
 
 def _lifted(

@@ -1,16 +1,45 @@
 """Record the inputs of the linear layers of an NNX model."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from flax import nnx
 
-from bnp_optax.kinds import Kind
-from bnp_optax.moments import pool_devices
+from bnp_optax.layers import Layers
+from bnp_optax.layouts import Kind
+from bnp_optax.moments import InputMoments, pool_named_axis
 from bnp_optax.nnx.calls import observe
 from bnp_optax.nnx.storing import RECORD, RecordError, captured_by, moments_of, pool_records, store
+from bnp_optax.records import by_layer
+
+
+def capture(
+    model: nnx.Module | Callable[..., Any],
+    *,
+    layers: Layers | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> Callable[..., tuple[Any, dict[str, InputMoments]]]:
+    """Makes a model return the moments of every layer's input beside its output.
+
+    ``y, records = capture(model)(x)`` calls ``model(x)``.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax
+      >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+      >>> y, records = capture(model)(jax.numpy.array([[1.0, 4.0], [3.0, 4.0]]))
+      >>> print(records["layers/0"].mean)
+      [[[2. 4.]]]
+    """
+
+    def call_and_record(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, InputMoments]]:
+        with record_inputs(axis_name):
+            y, intermediates = nnx.capture(model, nnx.Intermediate)(*args, **kwargs)
+        return y, by_layer(intermediates)
+
+    return call_and_record
 
 
 @contextlib.contextmanager
@@ -67,7 +96,7 @@ def record_inputs(axis_name: str | tuple[str, ...] | None = None) -> Iterator[No
                 raise RecordError(where, ", as nothing collects it. Call nnx.capture(model, nnx.Intermediate)(x)")
             record = moments_of(kind, x, where)
             if axis_name is not None:
-                record = pool_devices(record, axis_name)
+                record = pool_named_axis(record, axis_name)
             store(captured, pool_records(captured.get_value().get(RECORD), record, where), where)
 
     with observe(see_layer):

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 from flax import errors, nnx
 
-from bnp_optax.kinds import Kind
-from bnp_optax.layers import record_path
+from bnp_optax.layouts import Kind
 from bnp_optax.moments import InputMoments, pool_with_earlier
+from bnp_optax.records import record_key
 
 REMEDY = (
     "Pass the module as an argument to a transform of nnx (not of jax) that gives records an axis 0, as "
@@ -15,7 +15,7 @@ REMEDY = (
 )
 
 
-RECORD = record_path(("kernel",))[-1]
+RECORD = record_key("kernel")
 
 
 class RecordError(ValueError):

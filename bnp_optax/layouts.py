@@ -8,7 +8,7 @@ import jax
 
 from bnp_optax.moments import InputMoments, input_moments
 
-# Why parameters are left alone.
+# Why parameters are excluded.
 EMBEDDING = "embedding: its rows are looked up, not multiplied by an input"
 NORMALIZATION = "scale or shift of a normalization"
 MASKED = "masked kernel: its units see different inputs"
