@@ -2,15 +2,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 DATA_DIR ?= data
-RESULTS ?= $(if $(QUICK),quick-results,results)
+RESULTS ?= $(if $(QUICK),quick-results,experiments/results)
 
-.PHONY: demo test lint paper figures benchmark clean
+.PHONY: demo test check-experiments lint paper figures benchmark clean
 
 demo: $(READY)  ## Train on handwritten digits with SGD, BatchNorm and BNP (ARGS=--help explains the options).
-	$(BIN)/python examples/digits.py $(ARGS)
+	$(BIN)/python experiments/digits.py $(ARGS)
 
-test: $(READY)  ## Run the tests, the doctests and the code of the README (ARGS passes options to pytest).
+test: $(READY)  ## Run the tests, the doctests and the code of the pages (ARGS passes options to pytest, say --cov).
 	$(BIN)/pytest $(ARGS)
+
+check-experiments: $(READY)  ## Test the experiments' programs, and that the pages show what their CSV files say.
+	$(BIN)/pytest experiments/tests $(ARGS)
 
 lint: $(READY)  ## Check style, format and types.
 	$(BIN)/ruff check .
@@ -18,16 +21,17 @@ lint: $(READY)  ## Check style, format and types.
 	$(BIN)/mypy
 
 paper: $(READY)  ## Run the paper's experiments on the files in DATA_DIR; QUICK=1: minutes, on data that needs none.
-	$(BIN)/python examples/paper.py --data-dir $(DATA_DIR) --results $(RESULTS) $(if $(QUICK),--quick) $(ARGS)
-	$(BIN)/python examples/figures.py --results $(RESULTS)
+	$(BIN)/python experiments/paper.py --data-dir $(DATA_DIR) --results $(RESULTS) $(if $(QUICK),--quick) $(ARGS)
+	$(BIN)/python experiments/figures.py --results $(RESULTS)
 
-figures: $(READY)  ## Draw the figures and write the tables of the READMEs from the CSV files.
-	$(BIN)/python examples/figures.py --pages README.md results/README.md
+figures: $(READY)  ## Draw the figures and write the tables of the pages from the CSV files.
+	$(BIN)/python experiments/figures.py --pages README.md experiments/results/README.md
+	$(BIN)/python experiments/report.py --pages docs/performance.md
 
 benchmark: $(READY)  ## Measure steps of SGD, BNP and its peers (ARGS=--help explains the options), and compiling them.
-	PYTHONPATH=examples $(BIN)/python benchmarks/steps.py $(ARGS)
-	PYTHONPATH=examples $(BIN)/python benchmarks/compilation.py
-	PYTHONPATH=examples $(BIN)/python benchmarks/report.py --pages docs/performance.md
+	$(BIN)/python experiments/steps.py $(ARGS)
+	$(BIN)/python experiments/compilation.py
+	$(BIN)/python experiments/report.py --pages docs/performance.md
 
 clean:  ## Remove the environment.
 	rm -rf .venv

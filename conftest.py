@@ -23,7 +23,7 @@ hypothesis.settings.load_profile("bnp")
 
 def pytest_addoption(parser):
     """Lets `--fuzz-cases` run more random networks than CI does."""
-    parser.addoption("--fuzz-cases", type=int, default=200, help="how many random networks tests/test_fuzz.py tries")
+    parser.addoption("--fuzz-cases", type=int, default=50, help="how many random networks tests/test_fuzz.py tries")
 
 
 def pytest_unconfigure():

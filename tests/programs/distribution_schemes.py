@@ -52,9 +52,8 @@ def scheme(function):
 
 
 def loss_fn(params, x, y, axis_name=None):
-    with bnp.linen.record_inputs(axis_name):
-        prediction, recorded = MODEL.apply({"params": params}, x, mutable=["intermediates"])
-    return jnp.mean(jnp.square(prediction - y)), recorded["intermediates"]
+    prediction, records = bnp.linen.capture(MODEL, axis_name=axis_name)({"params": params}, x)
+    return jnp.mean(jnp.square(prediction - y)), records
 
 
 def make_step(tx, loss_fn=loss_fn):
@@ -356,8 +355,7 @@ def explicit_kinds_of_kernels():
     model, x = Kinds(), normal(0, 8, 2, 8, 8)
     params = model.init(jax.random.key(0), x)["params"]
     tx = bnp.scale_by_bnp(bnp.linen.find_layers(model, x))
-    with bnp.linen.record_inputs():
-        records = model.apply({"params": params}, x, mutable=["intermediates"])[1]["intermediates"]
+    _, records = bnp.linen.capture(model)({"params": params}, x)
     expected, errors, stable = tx.update(params, tx.init(params), intermediates=records), [], []
     with jax.set_mesh(EXPLICIT):
         for gradients in (sharded(EXPLICIT, params, 0), sharded(EXPLICIT, params, -1)):

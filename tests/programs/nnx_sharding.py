@@ -46,8 +46,7 @@ def train(make_tx, mesh):
         @nnx.jit
         def step(model, optimizer, x, y):
             def loss_fn(model):
-                with bnp.nnx.record_inputs():
-                    prediction, records = nnx.capture(model, nnx.Intermediate)(x)
+                prediction, records = bnp.nnx.capture(model)(x)
                 return jnp.mean(jnp.square(prediction - y)), records
 
             gradients, records = nnx.grad(loss_fn, has_aux=True)(model)
@@ -55,7 +54,14 @@ def train(make_tx, mesh):
 
         for x, y in zip(XS, YS, strict=True):
             step(model, optimizer, *jax.device_put((x, y), NamedSharding(mesh, P("data"))))
-    return start, nnx.as_pure(nnx.state(model, nnx.Param)), nnx.as_pure(nnx.state(optimizer))["opt_state"]
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    arrays = [
+        jax.tree.map(
+            lambda leaf: leaf.get_value() if is_variable(leaf) else leaf, nnx.state(*node), is_leaf=is_variable
+        )
+        for node in ((model, nnx.Param), (optimizer,))
+    ]
+    return start, arrays[0], arrays[1]["opt_state"]
 
 
 def measure(make_tx, parts):

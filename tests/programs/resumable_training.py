@@ -31,12 +31,11 @@ def train_step(params, opt_state, step):
     batch = jax.random.choice(jax.random.fold_in(jax.random.key(3), step), 64, (8,))
 
     def loss_fn(params):
-        with bnp.linen.record_inputs():
-            logits, recorded = model.apply({"params": params}, x[batch], mutable=["intermediates"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y[batch]).mean(), recorded["intermediates"]
+        logits, records = bnp.linen.capture(model)({"params": params}, x[batch])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y[batch]).mean(), records
 
-    grads, intermediates = jax.grad(loss_fn, has_aux=True)(params)
-    updates, opt_state = tx.update(grads, opt_state, params, intermediates=intermediates)
+    grads, records = jax.grad(loss_fn, has_aux=True)(params)
+    updates, opt_state = tx.update(grads, opt_state, params, intermediates=records)
     return optax.apply_updates(params, updates), opt_state
 
 

@@ -2,8 +2,8 @@ r"""Trains image classifiers with SGD, Adam or Muon: alone, with normalization l
 
 One run, or all combinations of several methods, batch sizes, learning rates and seeds::
 
-    python examples/train.py --data digits --model mlp --method bnp --batch-size 4 --lr 0.1 --examples 20000
-    python examples/train.py --data cifar-10 --data-dir ~/data --model cnn --method sgd bn bnp --batch-size 128 4 \
+    python experiments/train.py --data digits --model mlp --method bnp --batch-size 4 --lr 0.1 --examples 20000
+    python experiments/train.py --data cifar-10 --data-dir ~/data --model cnn --method sgd bn bnp --batch-size 128 4 \
         --lr 0.03 0.1 0.3 --seed 0 1 2 --output sweep.csv
 
 Every run becomes a row of the CSV file. A run that has its row already is not repeated, so that a sweep that was
@@ -12,7 +12,6 @@ interrupted continues where it stopped.
 
 import argparse
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -21,12 +20,11 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,14 +178,15 @@ def make_program(run: Run, image_shape: tuple[int, ...], mean: float, deviation:
     def step(rate: jax.Array, state: State, x: jax.Array, y: jax.Array, refresh: bool) -> State:
         def loss_fn(params: optax.Params) -> tuple[jax.Array, Any]:
             variables = {"params": params, "batch_stats": state.batch_stats}
-            with bnp.linen.record_inputs() if layers and refresh else contextlib.nullcontext():
-                logits, updated = model.apply(
-                    variables, standardized(x), train=True, mutable=["batch_stats", "intermediates"]
-                )
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), updated
+            options: Any = {"train": True, "mutable": ["batch_stats"]}
+            records: Any = bnp.KEEP_STATISTICS
+            if layers is not None and refresh:
+                (logits, updated), records = bnp.linen.capture(model)(variables, standardized(x), **options)
+            else:
+                logits, updated = model.apply(variables, standardized(x), **options)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), (updated, records)
 
-        (loss, updated), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        records = updated.get("intermediates") if refresh else bnp.KEEP_STATISTICS
+        (loss, (updated, records)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = optimizer(rate).update(grads, state.opt_state, state.params, intermediates=records)
         params = optax.apply_updates(state.params, updates)
         return State(params, updated.get("batch_stats", {}), opt_state, state.loss_sum + loss)
@@ -197,36 +196,6 @@ def make_program(run: Run, image_shape: tuple[int, ...], mean: float, deviation:
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).sum(), (logits.argmax(-1) == y).sum()
 
     return Program(jax.jit(init), jax.jit(step, static_argnums=4, donate_argnums=1), jax.jit(evaluate))
-
-
-class Examples:
-    """A split as a source of single examples, for the library that shuffles and batches them."""
-
-    def __init__(self, split: images.Split) -> None:
-        self.split = split
-
-    def __len__(self) -> int:
-        return len(self.split.labels)
-
-    def __getitem__(self, index: Any) -> images.Split:
-        return images.Split(self.split.images[index], self.split.labels[index])
-
-
-def shift_and_flip(example: images.Split, rng: np.random.Generator) -> images.Split:
-    """Moves an image by up to 4 pixels either way, black coming in, and mirrors every second one."""
-    height, width, _ = example.images.shape
-    top, left = rng.integers(0, 9, size=2)
-    shifted = np.pad(example.images, ((4, 4), (4, 4), (0, 0)))[top : top + height, left : left + width]
-    return images.Split(shifted[:, ::-1] if rng.random() < 0.5 else shifted, example.labels)
-
-
-def batches(run: Run, split: images.Split) -> Iterator[images.Split]:
-    """Yields the batches of a run: every epoch in a new order, the last batch of one reaching into the next."""
-    dataset = grain.MapDataset.source(Examples(split)).seed(run.seed).shuffle().repeat()
-    if run.augment:
-        dataset = dataset.random_map(shift_and_flip)
-    dataset = dataset.batch(run.batch_size)
-    return (dataset[step] for step in range(run.examples // run.batch_size))
 
 
 load = functools.cache(images.load)
@@ -254,7 +223,7 @@ def train(run: Run, data_dir: Path, evaluations: int = 4, advance: Callable[[int
     seen: list[int] = []
     curves: tuple[list[float], list[float], list[float]] = ([], [], [])
     last_stop = 0
-    for step, (x, y) in enumerate(batches(run, data.train), start=1):
+    for step, (x, y) in enumerate(images.batches(run, data.train), start=1):
         state = program.step(rate, state, x, y, (step - 1) % run.refresh_every == 0)
         if step in stops:
             train_loss = float(state.loss_sum) / (step - last_stop)

@@ -1,4 +1,4 @@
-"""Sets of small images, read from the files in which they are published.
+"""Sets of small images, read from the files in which they are published, and their batches.
 
 * ``digits``: 1,797 digits of 8x8 pixels, part of scikit-learn; nothing to download.
 * ``mnist``, ``fashion-mnist``: ``DATA_DIR/<name>/{train,t10k}-{images-idx3,labels-idx1}-ubyte``, gzipped or not.
@@ -9,12 +9,16 @@ import gzip
 import math
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import grain
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+
+from runs import Run
 
 SOURCES = {
     "digits": "scikit-learn",
@@ -135,3 +139,33 @@ def _read_cifar(path: Path) -> Split:
     if labels.max() > 9:
         raise ValueError(f"{path}: label {labels.max()} of image {labels.argmax()}; expected 0 to 9")
     return Split(records[:, 1:].reshape(-1, *CIFAR_SHAPE).transpose(0, 2, 3, 1), labels)
+
+
+class Examples:
+    """A split as a source of single examples, for the library that shuffles and batches them."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split.labels)
+
+    def __getitem__(self, index: Any) -> Split:
+        return Split(self.split.images[index], self.split.labels[index])
+
+
+def shift_and_flip(example: Split, rng: np.random.Generator) -> Split:
+    """Moves an image by up to 4 pixels either way, black coming in, and mirrors every second one."""
+    height, width, _ = example.images.shape
+    top, left = rng.integers(0, 9, size=2)
+    shifted = np.pad(example.images, ((4, 4), (4, 4), (0, 0)))[top : top + height, left : left + width]
+    return Split(shifted[:, ::-1] if rng.random() < 0.5 else shifted, example.labels)
+
+
+def batches(run: Run, split: Split) -> Iterator[Split]:
+    """Yields the batches of a run: every epoch in a new order, the last batch of one reaching into the next."""
+    dataset = grain.MapDataset.source(Examples(split)).seed(run.seed).shuffle().repeat()
+    if run.augment:
+        dataset = dataset.random_map(shift_and_flip)
+    dataset = dataset.batch(run.batch_size)
+    return (dataset[step] for step in range(run.examples // run.batch_size))

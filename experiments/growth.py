@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--seconds", type=float, default=60, help="time for the measurements")
     parser.add_argument("--quick", action="store_true", help="networks a hundredth of the width")
-    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="where the files go")
+    parser.add_argument("--results", type=Path, default=runs.RESULTS, metavar="DIR", help="where the files go")
     args = parser.parse_args(argv)
     sizes = VARIED | {"width": [3, 10, 30]} if args.quick else VARIED
     points = measure(args.seconds, sizes)

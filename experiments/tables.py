@@ -25,7 +25,7 @@ CHANCE = 10.0  # percent
 
 @dataclasses.dataclass(frozen=True)
 class TransformerLoss:
-    """What the example of a transformer reached by one method at one learning rate, in nats per character."""
+    """What the language model reached by one method at one learning rate, in nats per character."""
 
     method: str
     steps: int

@@ -198,7 +198,7 @@ def publish(
       argv: the program's arguments.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="folder of the CSV files")
+    parser.add_argument("--results", type=Path, default=runs.RESULTS, metavar="DIR", help="folder of the CSV files")
     parser.add_argument("--pages", nargs="*", type=Path, default=[], metavar="MD", help="pages whose tables to fill")
     args = parser.parse_args(argv)
     texts, figures = make(args.results)

@@ -6,8 +6,8 @@ kernels without trying them.
 
 It needs JAX's plugin for CUDA, which is several gigabytes, and so an environment of its own::
 
-    python -m venv cuda && cuda/bin/pip install --editable '.[examples]' 'jax[cuda12]'
-    PYTHONPATH=examples cuda/bin/python benchmarks/kernels.py
+    python -m venv cuda && cuda/bin/pip install --editable '.[experiments]' 'jax[cuda12]'
+    cuda/bin/python experiments/kernels.py
 """
 
 import argparse
@@ -26,11 +26,11 @@ import rich.progress
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+import language_model
 import models
 import report
 import runs
 import steps
-import transformer
 from report import Kernels
 
 DESCRIPTION = Path(__file__).with_name("h100.txtpb")
@@ -39,7 +39,7 @@ LARGEST_PROPORTION = 1.5  # of kernels of BNP(Adam) to those of Adam, for networ
 
 
 class UnrolledTransformer(nn.Module):
-    """The language model of ``transformer.py``, its blocks one behind another in place of a loop."""
+    """The language model of ``language_model.py``, its blocks one behind another in place of a loop."""
 
     width: int = 768
     num_heads: int = 12
@@ -51,7 +51,7 @@ class UnrolledTransformer(nn.Module):
         positions = nn.Embed(text.shape[-1], self.width, name="positions")(jnp.arange(text.shape[-1]))
         x = nn.Embed(CHARACTERS, self.width, name="characters")(text) + positions
         for number in range(self.num_blocks):
-            x, _ = transformer.Block(self.num_heads, name=f"block_{number}")(x)
+            x, _ = language_model.Block(self.num_heads, name=f"block_{number}")(x)
         return nn.Dense(CHARACTERS, name="logits")(nn.LayerNorm()(x))
 
 
@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None) -> list[Kernels]:
     option = parser.add_argument
     option("--networks", nargs="+", choices=list(CASES), default=list(CASES), help="which")
     option("--methods", nargs="+", choices=report.KERNELS_METHODS, default=report.KERNELS_METHODS, help="which")
-    option("--results", type=Path, default=Path("results"), metavar="DIR", help="where kernels.csv goes")
+    option("--results", type=Path, default=runs.RESULTS, metavar="DIR", help="where kernels.csv goes")
     args = parser.parse_args(argv)
     device = find_h100()
     for name in rich.progress.track(args.networks, "compiling"):

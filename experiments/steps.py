@@ -6,7 +6,6 @@ median of these over the rounds; by that of Adam too. Every case is a few rows o
 """
 
 import argparse
-import contextlib
 import functools
 import importlib.util
 import time
@@ -23,10 +22,10 @@ import rich
 import rich.progress
 
 import bnp_optax as bnp
+import language_model
 import models
 import report
 import runs
-import transformer
 from report import Row
 
 RATE = 1e-3
@@ -41,7 +40,7 @@ class Method(NamedTuple):
 
     normalization: models.Normalization
     optimizer: Optimizer
-    intermediates: str = "none"  # "records", or "kept": the statistics of earlier steps
+    records: bool = False  # the inputs of layers; otherwise BNP keeps the statistics that it has
 
 
 def plain(optimizer: optax.GradientTransformation) -> Optimizer:
@@ -62,11 +61,11 @@ METHODS = {
     "BN": Method("bn", plain(sgd)),
     "GN": Method("gn", plain(sgd)),
     "LN": Method("ln", plain(sgd)),
-    "BNP": Method("none", bnp_sgd, "records"),
-    "BNP, kept": Method("none", bnp_sgd, "kept"),
-    "BNP+GN": Method("gn", bnp_sgd, "records"),
+    "BNP": Method("none", bnp_sgd, records=True),
+    "BNP, kept": Method("none", bnp_sgd),
+    "BNP+GN": Method("gn", bnp_sgd, records=True),
     "Adam": Method("none", plain(adam)),
-    "BNP(Adam)": Method("none", bnp_adam, "records"),
+    "BNP(Adam)": Method("none", bnp_adam, records=True),
     "Muon": Method("none", plain(optax.contrib.muon(RATE))),
 }
 KFAC = "K-FAC"  # if kfac_jax is installed: pip install git+https://github.com/google-deepmind/kfac-jax
@@ -85,8 +84,8 @@ class Network(NamedTuple):
 LANGUAGE_METHODS = ("SGD", "BNP", "BNP, kept", "Adam", "BNP(Adam)", "Muon")  # beside its LayerNorms
 
 
-def language_model(width: int, num_heads: int, num_blocks: int, length: int) -> Network:
-    model = transformer.LanguageModel(128, width, num_heads, num_blocks)
+def make_language_model(width: int, num_heads: int, num_blocks: int, length: int) -> Network:
+    model = language_model.LanguageModel(128, width, num_heads, num_blocks)
     return Network(lambda normalization: model, (length,), LANGUAGE_METHODS, characters=128)
 
 
@@ -99,8 +98,8 @@ NETWORKS = {
     "cnn": Network(models.CNN, (32, 32, 3), (*METHODS, KFAC)),
     "resnet18-32": Network(functools.partial(resnet_18, size=32), (32, 32, 3)),
     "resnet18-224": Network(functools.partial(resnet_18, size=224), (224, 224, 3)),
-    "transformer": language_model(width=128, num_heads=4, num_blocks=4, length=64),
-    "transformer-large": language_model(width=768, num_heads=12, num_blocks=12, length=512),
+    "transformer": make_language_model(width=128, num_heads=4, num_blocks=4, length=64),
+    "transformer-large": make_language_model(width=768, num_heads=12, num_blocks=12, length=512),
 }
 CASES = {  # network and batch sizes
     "cpu": {"mlp": [1, 60, 512], "cnn": [1, 32, 128], "resnet18-32": [32], "resnet18-224": [32], "transformer": [32]},
@@ -152,7 +151,7 @@ def make_training(network: Network, method: Method, batch_size: int, dtype: jnp.
     """
     model = network.make(method.normalization)
     x, y = make_batch(network, batch_size, dtype)
-    options: dict[str, Any] = {} if network.characters else {"train": True}
+    options: dict[str, Any] = {"mutable": ["batch_stats"]} | ({} if network.characters else {"train": True})
     tx = method.optimizer(bnp.linen.find_layers(model, x))
 
     def init() -> Any:
@@ -162,17 +161,18 @@ def make_training(network: Network, method: Method, batch_size: int, dtype: jnp.
 
     def loss_fn(params: optax.Params, batch_stats: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
         cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-        with bnp.linen.record_inputs() if method.intermediates == "records" else contextlib.nullcontext():
-            logits, updated = model.apply(
-                {"params": cast, "batch_stats": batch_stats}, x, mutable=["batch_stats", "intermediates"], **options
-            )
+        variables = {"params": cast, "batch_stats": batch_stats}
+        records: Any = bnp.KEEP_STATISTICS
+        if method.records:
+            (logits, updated), records = bnp.linen.capture(model)(variables, x, **options)
+        else:
+            logits, updated = model.apply(variables, x, **options)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), y).mean()
-        return loss, updated
+        return loss, (updated, records)
 
     def step(state: Any, x: jax.Array, y: jax.Array) -> Any:
         params, batch_stats, opt_state = state
-        gradients, updated = jax.grad(loss_fn, has_aux=True)(params, batch_stats, x, y)
-        records = bnp.KEEP_STATISTICS if method.intermediates == "kept" else updated.get("intermediates")
+        gradients, (updated, records) = jax.grad(loss_fn, has_aux=True)(params, batch_stats, x, y)
         updates, opt_state = tx.update(gradients, opt_state, params, intermediates=records)
         return optax.apply_updates(params, updates), updated.get("batch_stats", {}), opt_state
 
@@ -331,7 +331,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     option("--methods", nargs="+", choices=methods, default=methods, help="SGD is always among them")
     option("--batch-sizes", nargs="+", type=int, metavar="N", help="default: those of the device and network")
     option("--seconds", type=float, default=60, help="time for the measured steps of a network at a batch size")
-    option("--results", type=Path, default=Path("results"), metavar="DIR", help="where steps-DEVICE.csv and .png go")
+    option("--results", type=Path, default=runs.RESULTS, metavar="DIR", help="where steps-DEVICE.csv and .png go")
     args = parser.parse_args(argv)
     args.methods = list(dict.fromkeys(["SGD", *args.methods]))
     if args.device == "gpu" and jax.default_backend() == "cpu":

@@ -13,6 +13,8 @@ import numpy as np
 
 T = TypeVar("T")
 
+RESULTS = Path(__file__).with_name("results")
+
 METHODS = ("sgd", "bn", "gn", "bnp", "bnp+gn", "preconditioned")
 OPTIMIZERS = ("sgd", "adam", "muon")
 BOUNDS = ("none", "gradient", "step", "small-step")
@@ -194,12 +196,11 @@ def select(results: Sequence[Result], **values: Any) -> list[Result]:
 
 
 def commit() -> str:
-    """Returns the last commit of the examples and the library, with "+" if their files were changed since."""
-    examples = Path(__file__).parent
-    folders = [str(examples), str(examples.parent / "bnp_optax")]
+    """Returns the last commit of the programs and the library, with "+" if they were changed since."""
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(examples), *arguments, "--", *folders]
+        # The files of results lie among the programs, and change whenever these run.
+        command = ["git", "-C", str(Path(__file__).parent), *arguments, "--", ":(glob)*.py", "../bnp_optax"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
 
     try:

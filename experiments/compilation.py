@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> list[Compilation]:
     )
     parser.add_argument("--blocks", type=int, default=64, metavar="N", help="residual blocks of two layers")
     parser.add_argument("--repetitions", type=int, default=7, metavar="N", help="compilations of each method")
-    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="where the file goes")
+    parser.add_argument("--results", type=Path, default=runs.RESULTS, metavar="DIR", help="where the file goes")
     args = parser.parse_args(argv)
     rows = measure(args.blocks, args.repetitions)
     report.write(args.results / "compilation.csv", rows)

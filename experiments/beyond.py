@@ -18,7 +18,7 @@ import jax
 import rich
 
 import train
-from runs import BOUNDS, Run
+from runs import BOUNDS, RESULTS, Run
 
 BATCH_SIZES, MOMENTA, SEEDS = (512, 128, 32, 8), (0.0, 0.9, 0.99), (0, 1, 2)
 NETWORKS = (("digits", "mlp", 10_240), ("mnist", "tutorial", 12_800), ("cifar-10", "cnn", 12_800))
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     option = parser.add_argument
     option("experiments", nargs="*", default=list(EXPERIMENTS), metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
     option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets' files (data)")
-    option("--results", type=Path, default=Path("results"), metavar="DIR", help="folder of the CSV files (results)")
+    option("--results", type=Path, default=RESULTS, metavar="DIR", help="folder of the CSV files")
     option("--quick", action="store_true", help="a short form on scikit-learn's digits, which needs no download")
     cpu = jax.default_backend() == "cpu"
     option("--workers", type=int, default=os.cpu_count() if cpu else 1, metavar="N", help="processes (one a core)")

@@ -140,7 +140,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="e1, e2, e4 (all three), and e3, defaults or refresh",
     )
     option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets' files (data)")
-    option("--results", type=Path, default=Path("results"), metavar="DIR", help="folder of the CSV files (results)")
+    option("--results", type=Path, default=runs.RESULTS, metavar="DIR", help="folder of the CSV files")
     option("--rates", nargs="+", type=float, metavar="RATE", help="grid of learning rates, if another one than usual")
     option("--seeds", nargs="+", type=int, metavar="SEED", help=f"of the runs that read the test images ({SEEDS})")
     option(

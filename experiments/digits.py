@@ -9,7 +9,7 @@ grid of learning rates, for the same number of examples:
 * Adam: on that network too, at a hundredth of the learning rates;
 * BNP(Adam): Adam in these variables.
 
-It prints what each learning rate reaches and draws the training curves. Run it with ``python examples/digits.py``;
+It prints what each learning rate reaches and draws the training curves. Run it with ``python experiments/digits.py``;
 ``--help`` lists the options.
 """
 
@@ -83,12 +83,11 @@ def plain_step(model: MLP, tx: optax.GradientTransformation, state: State, x: ja
 
 def bnp_step(model: MLP, tx: optax.GradientTransformationExtraArgs, state: State, x: jax.Array, y: jax.Array) -> State:
     def loss_fn(params: optax.Params) -> tuple[jax.Array, Any]:
-        with bnp.linen.record_inputs():
-            logits, recorded = model.apply({"params": params}, x, mutable=["intermediates"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), recorded["intermediates"]
+        logits, records = bnp.linen.capture(model)({"params": params}, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), records
 
-    grads, intermediates = jax.grad(loss_fn, has_aux=True)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params, intermediates=intermediates)
+    grads, records = jax.grad(loss_fn, has_aux=True)(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, intermediates=records)
     return State(optax.apply_updates(state.params, updates), state.batch_stats, opt_state)
 
 

@@ -1,6 +1,6 @@
 """What the benchmarks measured, as rows of CSV files, as tables and as pictures.
 
-``python benchmarks/report.py`` draws the committed files again and fills the tables of docs/performance.md.
+``python experiments/report.py`` draws the committed files again and fills the tables of docs/performance.md.
 """
 
 import csv

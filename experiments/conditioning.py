@@ -108,7 +108,7 @@ def measure(run: Run, steps: Sequence[int]) -> Iterator[list[Conditioning]]:
     data = images.load(run.data, Path()).train
     mean, deviation = float(data.images.mean()), float(data.images.std())
     program, rate = train.make_program(run, data.images.shape[1:], mean, deviation), jnp.float32(run.rate)
-    state, stream, done = program.init(rate, jax.random.key(run.seed)), train.batches(run, data), 0
+    state, stream, done = program.init(rate, jax.random.key(run.seed)), images.batches(run, data), 0
     model, commit = train.make_model(run), runs.commit()
     layers = bnp.linen.find_layers(model, data.images[:1].astype(np.float32))
     standardized = (data.images.astype(np.float64) - mean) / deviation
