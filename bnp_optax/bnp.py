@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 
 from bnp_optax.coordinates import Coordinates
 from bnp_optax.layers import Layer, Layers
@@ -52,13 +53,13 @@ class PreconditionedState(NamedTuple):
 
 def scale_by_bnp(
     layers: Layers,
-    decay: float | jax.Array = 0.99,
-    eps_relative: float | jax.Array = 1e-2,
-    eps: float | jax.Array = 1e-4,
+    decay: ArrayLike = 0.99,
+    eps_relative: ArrayLike = 1e-2,
+    eps: ArrayLike = 1e-4,
     *,
     variance: VarianceRule = "mixture",
-    scaling: Scaling | float | jax.Array = 128,
-    prior_examples: float | jax.Array | None = 128,
+    scaling: Scaling | ArrayLike = 128,
+    prior_examples: ArrayLike | None = 128,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions gradients with the running mean and variance of every layer's input: the paper's method.
 
@@ -72,7 +73,7 @@ def scale_by_bnp(
     behind this transformation they divide its scale out again.
 
     ``update(updates, state, params=None, *, intermediates)`` requires the records of the layers'
-    inputs (:func:`bnp_optax.linen.record_inputs`), or :data:`KEEP_STATISTICS`. The running
+    inputs (:func:`bnp_optax.linen.capture`), or :data:`KEEP_STATISTICS`. The running
     statistics absorb the batch first, so that this step already uses it. A layer whose moments are
     not finite keeps the statistics it had, and counts the batch in ``state[path].skipped``.
 
@@ -111,7 +112,7 @@ def scale_by_bnp(
       >>> state = tx.init(params)
       >>> x = jnp.array([[1.0, 200.0], [2.0, 400.0]])
       >>> loss = lambda p: jnp.mean((x @ p["w"] + p["b"] - 1) ** 2)
-      >>> records = {"w_input": bnp.input_moments(x)}
+      >>> records = {"w": bnp.input_moments(x)}
       >>> updates, state = tx.update(jax.grad(loss)(params), state, params, intermediates=records)
       >>> jax.tree.map(jnp.shape, updates), state[0]["w"].seen
       ({'b': (1,), 'w': (2, 1)}, Array([2], dtype=int32))
@@ -141,13 +142,13 @@ def scale_by_bnp(
 def preconditioned(
     inner: optax.GradientTransformation,
     layers: Layers,
-    decay: float | jax.Array = 0.99,
-    eps_relative: float | jax.Array = 1e-2,
-    eps: float | jax.Array = 1e-4,
+    decay: ArrayLike = 0.99,
+    eps_relative: ArrayLike = 1e-2,
+    eps: ArrayLike = 1e-4,
     *,
     variance: VarianceRule = "mixture",
-    scaling: Scaling | float | jax.Array = 128,
-    prior_examples: float | jax.Array | None = 128,
+    scaling: Scaling | ArrayLike = 128,
+    prior_examples: ArrayLike | None = 128,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs any optimizer in the variables that Batch Normalization would give the network.
 
@@ -197,7 +198,7 @@ def preconditioned(
       >>> state = tx.init(params)
       >>> x = jnp.array([[1.0, 200.0], [2.0, 400.0]])
       >>> loss = lambda p: jnp.mean((x @ p["w"] + p["b"] - 1) ** 2)
-      >>> records = {"w_input": bnp.input_moments(x)}
+      >>> records = {"w": bnp.input_moments(x)}
       >>> updates, state = tx.update(jax.grad(loss)(params), state, params, intermediates=records)
       >>> jax.tree.map(jnp.shape, updates), state.statistics["w"].seen
       ({'b': (1,), 'w': (2, 1)}, Array([2], dtype=int32))
@@ -243,16 +244,16 @@ def preconditioned(
 def bnp_sgd(
     learning_rate: optax.ScalarOrSchedule,
     layers: Layers,
-    momentum: float | jax.Array | None = None,
+    momentum: ArrayLike | None = None,
     nesterov: bool = False,
-    weight_decay: float | jax.Array = 0.0,
+    weight_decay: ArrayLike = 0.0,
     *,
-    decay: float | jax.Array = 0.99,
-    eps_relative: float | jax.Array = 1e-2,
-    eps: float | jax.Array = 1e-4,
+    decay: ArrayLike = 0.99,
+    eps_relative: ArrayLike = 1e-2,
+    eps: ArrayLike = 1e-4,
     variance: VarianceRule = "mixture",
-    scaling: Scaling | float | jax.Array = 128,
-    prior_examples: float | jax.Array | None = 128,
+    scaling: Scaling | ArrayLike = 128,
+    prior_examples: ArrayLike | None = 128,
 ) -> optax.GradientTransformationExtraArgs:
     """SGD on preconditioned gradients, with decoupled weight decay and momentum.
 
@@ -291,7 +292,7 @@ def bnp_sgd(
       JMLR 23(72), 2022, https://arxiv.org/abs/2108.01110
     """
     known_weight_decay = isinstance(weight_decay, NUMBERS)
-    if known_weight_decay and not weight_decay >= 0:
+    if known_weight_decay and not float(weight_decay) >= 0:  # type: ignore[arg-type]  # ArrayLike may be complex
         raise ValueError(f"weight_decay must not be negative, but is {weight_decay}.")
     return optax.chain(
         scale_by_bnp(

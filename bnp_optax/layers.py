@@ -247,6 +247,11 @@ class Layers(Mapping[str, Layer]):
     def _by_path(self) -> dict[str, Layer]:
         return {layer.path: layer for layer in self.included}
 
+    @functools.cached_property
+    def records(self) -> frozenset[str]:
+        """The names of the layers' records."""
+        return frozenset(layer.record for layer in self.included)
+
     def __getitem__(self, path: str) -> Layer:
         return self._by_path[path]
 
@@ -276,4 +281,9 @@ class Layers(Mapping[str, Layer]):
         return Layers(chosen, self.excluded + dropped)
 
     def __str__(self) -> str:
-        return table(self)
+        rows = []
+        for layer in self.included:
+            names = ", ".join(parameter.path[-1] for parameter in layer.parameters)
+            size = sum(parameter.size for parameter in layer.parameters)
+            rows.append((layer.path, layer.kind, layer.kernel.shape, layer.fan_in, names, size))
+        return table(rows, [("/".join(other.path), other.shape, other.reason) for other in self.excluded])

@@ -1,25 +1,27 @@
-"""The kinds of linear layers that Flax has, in Linen and in NNX alike."""
+"""The axis roles of each linear layer of Flax, Linen and NNX alike, and why other parameters are excluded.
+
+:data:`LAYERS` has an entry for every class of layer. It says what a call multiplies: which input with which kernel
+(:class:`Product`), and which of their axes play which role (:class:`Layout`).
+"""
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.linen.recurrent import DenseParams
 
 from bnp_optax.moments import InputMoments, input_moments
-
-# Why parameters are excluded.
-EMBEDDING = "embedding: its rows are looked up, not multiplied by an input"
-NORMALIZATION = "scale or shift of a normalization"
-MASKED = "masked kernel: its units see different inputs"
-COMPLEX = "complex parameters or input"
-NO_CONTRACTION = "its einsum is not the contraction of an input with the kernel"
 
 Split = tuple[tuple[int, ...], str]  # a shape whose axes play one role each, and those roles
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class Layout:
     """How the parameters and the input of one layer map to canonical shape.
 
     Attributes:
@@ -39,21 +41,24 @@ class Kind:
     num_spatial: int = 0
 
     def moments(self, x: jax.Array) -> InputMoments:
-        """Returns the record of an input."""
-        return input_moments(
+        """Returns the record of an input, with an entry for each entry of the layer's own stack."""
+        record = input_moments(
             x,
             input_axes=self.input_axes,
             stack_axes=self.stack_axes,
             groups=self.groups,
             num_spatial=self.num_spatial,
         )
+        stack = math.prod(size for size, role in zip(*self.kernel, strict=True) if role == "s")
+        shared: InputMoments = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (stack, *leaf.shape[1:])), record)
+        return shared
 
     def has_examples(self, ndim: int) -> bool:
         """Returns whether an input of this rank has an axis of examples."""
         return ndim - len(self.input_axes) - len(self.stack_axes) > self.num_spatial
 
 
-def dense(kernel: tuple[int, ...], input_axes: tuple[int, ...] = (-1,), stack_axes: tuple[int, ...] = ()) -> Kind:
+def dense(kernel: tuple[int, ...], input_axes: tuple[int, ...] = (-1,), stack_axes: tuple[int, ...] = ()) -> Layout:
     """A dense layer, whose kernel has axes ``[*stack, *inputs, *outputs]``.
 
     Args:
@@ -63,7 +68,7 @@ def dense(kernel: tuple[int, ...], input_axes: tuple[int, ...] = (-1,), stack_ax
     """
     stack, outputs = kernel[: len(stack_axes)], kernel[len(stack_axes) + len(input_axes) :]
     stack_roles, output_roles = "s" * len(stack), "o" * len(outputs)
-    return Kind(
+    return Layout(
         kernel=(kernel, f"{stack_roles}{'i' * len(input_axes)}{output_roles}"),
         bias=((*stack, *outputs), stack_roles + output_roles),
         input_axes=input_axes,
@@ -73,7 +78,7 @@ def dense(kernel: tuple[int, ...], input_axes: tuple[int, ...] = (-1,), stack_ax
 
 def dense_general(
     kernel: tuple[int, ...], axis: int | Iterable[int], batch_axes: int | Iterable[int], ndim: int
-) -> Kind:
+) -> Layout:
     """Flax's dense layer over several axes of an input of rank ``ndim``, which it takes in the array's order."""
     input_axes, stack_axes = (
         tuple(sorted(a % ndim for a in ((axes,) if isinstance(axes, int) else axes))) for axes in (axis, batch_axes)
@@ -81,12 +86,12 @@ def dense_general(
     return dense(kernel, input_axes, stack_axes)
 
 
-def conv(kernel: tuple[int, ...], groups: int = 1) -> Kind:
+def conv(kernel: tuple[int, ...], groups: int = 1) -> Layout:
     """A convolution, whose kernel has axes ``[*window, input, output]``; groups are outermost in the outputs."""
     window = kernel[:-2]
     # no axis for a single group, whose reshape would keep XLA from cancelling its transposes of the kernel and ours
     outputs, roles = ((groups, kernel[-1] // groups), "go") if groups > 1 else (kernel[-1:], "o")
-    return Kind(
+    return Layout(
         kernel=((*window, kernel[-2], *outputs), "w" * len(window) + "i" + roles),
         bias=(outputs, roles),
         groups=groups,
@@ -94,28 +99,28 @@ def conv(kernel: tuple[int, ...], groups: int = 1) -> Kind:
     )
 
 
-def conv_transpose(kernel: tuple[int, ...], transpose_kernel: bool = False) -> Kind:
+def conv_transpose(kernel: tuple[int, ...], transpose_kernel: bool = False) -> Layout:
     """A transposed convolution; ``transpose_kernel`` swaps the kernel's last axes to ``[*window, output, input]``."""
     roles = "w" * (len(kernel) - 2) + ("oi" if transpose_kernel else "io")
     outputs = kernel[-2] if transpose_kernel else kernel[-1]
-    return Kind(kernel=(kernel, roles), bias=((outputs,), "o"), num_spatial=len(kernel) - 2)
+    return Layout(kernel=(kernel, roles), bias=((outputs,), "o"), num_spatial=len(kernel) - 2)
 
 
-def conv_local(kernel: tuple[int, ...], window: tuple[int, ...]) -> Kind:
+def conv_local(kernel: tuple[int, ...], window: tuple[int, ...]) -> Layout:
     """An unshared convolution, whose kernel has axes ``[*positions, input * window, output]``.
 
-    Its record holds each channel's moments over all positions once, for every entry of the stack.
+    Each channel's moments over all positions serve all entries of the stack.
     """
     positions, roles = kernel[:-2], "s" * (len(kernel) - 2)
     inputs = kernel[-2] // math.prod(window)
-    return Kind(
+    return Layout(
         kernel=((*positions, inputs, *window, kernel[-1]), f"{roles}i{'w' * len(window)}o"),
         bias=((*positions, kernel[-1]), roles + "o"),
         num_spatial=len(window),
     )
 
 
-def einsum(equation: str, kernel: tuple[int, ...]) -> Kind | None:
+def einsum(equation: str, kernel: tuple[int, ...]) -> Layout | None:
     """An einsum ``"input,kernel->output"``; ``None`` if it is no linear layer.
 
     Of the kernel's indices, one that the input shares and the output lacks is contracted (``i``),
@@ -123,16 +128,23 @@ def einsum(equation: str, kernel: tuple[int, ...]) -> Kind | None:
     feature (``o``). The bias has the indices ``s`` and ``o`` in the output's order. No linear layer is
     an equation that contracts nothing, sums an index of one operand alone or repeats one, or whose
     kernel has an ellipsis.
+
+    Example:
+      >>> heads = einsum("nthd,hdf->nthf", (2, 4, 3))  # two heads, each with a kernel of 4 inputs and 3 outputs
+      >>> heads.kernel, heads.bias, heads.input_axes, heads.stack_axes
+      (((2, 4, 3), 'sio'), ((2, 3), 'so'), (3,), (2,))
     """
     operands, result = equation.replace(" ", "").split("->")
     inputs, weights = operands.split(",")
     before, _, after = inputs.partition("...")
     letters = before + after
     if (
-        any(len(set(indices)) < len(indices) for indices in (letters, weights, result.replace("...", "")))
-        or not set(letters) - set(weights) <= set(result)
-        or not set(weights) <= set(letters + result)
-        or set(weights) & set(letters) <= set(result)
+        any(
+            len(set(indices)) < len(indices) for indices in (letters, weights, result.replace("...", ""))
+        )  # "aab,bc->ac"
+        or not set(letters) - set(weights) <= set(result)  # "abc,bd->ad" sums c of the input alone
+        or not set(weights) <= set(letters + result)  # "ab,bcd->ac" sums d of the kernel alone
+        or set(weights) & set(letters) <= set(result)  # "ab,b->ab" contracts nothing
         or ("..." in inputs) != ("..." in result)
         or "." in weights
     ):
@@ -145,4 +157,162 @@ def einsum(equation: str, kernel: tuple[int, ...]) -> Kind | None:
     roles = "".join("o" if c not in letters else "s" if c in result else "i" for c in weights)
     shared = [weights.index(c) for c in result if c in weights]
     bias = tuple(kernel[axis] for axis in shared), "".join(roles[axis] for axis in shared)
-    return Kind((kernel, roles), bias, axes("i"), axes("s"))
+    return Layout((kernel, roles), bias, axes("i"), axes("s"))
+
+
+class Product(NamedTuple):
+    """An input that a layer multiplies with a kernel of its own.
+
+    Attributes:
+      x: the input.
+      layout: the axis roles, or the reason why the kernel cannot be preconditioned.
+      kernel: the kernel's name in the module.
+      bias: the name of the bias that is added, ``None`` without one.
+    """
+
+    x: Any
+    layout: Layout | str
+    kernel: str = "kernel"
+    bias: str | None = "bias"
+
+
+def registered(
+    where: str,
+    parameters: Mapping[str, jax.Array],
+    x: Any,
+    kernel: str,
+    bias: str | None,
+    kernel_roles: str,
+    bias_roles: str,
+    input_axes: tuple[int, ...],
+    stack_axes: tuple[int, ...],
+) -> Product:
+    """Returns what a layer of the user's own says that it multiplies.
+
+    Args:
+      where: the layer, for errors.
+      parameters: its parameters by name.
+      x: the input, as all that follow see :func:`bnp_optax.linen.register`.
+      kernel: the kernel's name.
+      bias: the bias's name.
+      kernel_roles: the roles of the kernel's axes.
+      bias_roles: those of the bias's.
+      input_axes: the axes of the input that are contracted.
+      stack_axes: those that go with stacked kernels.
+
+    Raises:
+      ValueError: if there is no such parameter, or its axes and roles differ in number.
+    """
+    splits = []
+    for name, roles in ((kernel, kernel_roles), (bias, bias_roles)):
+        if name is not None and name not in parameters:
+            raise ValueError(f"{where} has no parameter {name!r}. Call register after self.param, with its name.")
+        shape, roles = ((), "") if name is None else (parameters[name].shape, roles)
+        if len(shape) != len(roles):
+            raise ValueError(f"{where}/{name} has shape {shape}, but {len(roles)} roles {roles!r}: give one an axis.")
+        splits.append((shape, roles))
+    groups = math.prod(size for size, role in zip(*splits[0], strict=True) if role == "g")
+    return Product(x, Layout(splits[0], splits[1], input_axes, stack_axes, groups), kernel, bias)
+
+
+EMBEDDING = "embedding: its rows are looked up, not multiplied by an input"
+NORMALIZATION = "scale or shift of a normalization"
+MASKED = "masked kernel: its units see different inputs"
+COMPLEX = "complex parameters or input"
+NO_CONTRACTION = "its einsum is not the contraction of an input with the kernel"
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def _dense(module: Any, shapes: Shapes, x: Any, *_: Any) -> list[Product]:
+    return [Product(x, dense(shapes["kernel"]))]
+
+
+def _dense_general(module: Any, shapes: Shapes, x: Any, *_: Any) -> list[Product]:
+    batch_axes = module.batch_dims if isinstance(module, nn.Module) else module.batch_axis
+    return [Product(x, dense_general(shapes["kernel"], module.axis, batch_axes, x.ndim))]
+
+
+def _einsum(module: Any, shapes: Shapes, x: Any, equation: str | None, *_: Any) -> list[Product]:
+    layout = einsum(module.einsum_str if equation is None else equation, shapes["kernel"])
+    is_known = layout is not None and shapes.get("bias", layout.bias[0]) == layout.bias[0]
+    return [Product(x, layout if layout is not None and is_known else NO_CONTRACTION)]
+
+
+def _conv(module: Any, shapes: Shapes, x: Any, *_: Any) -> list[Product]:
+    return [Product(x, conv(shapes["kernel"], module.feature_group_count))]
+
+
+def _conv_transpose(module: Any, shapes: Shapes, x: Any, *_: Any) -> list[Product]:
+    return [Product(x, conv_transpose(shapes["kernel"], module.transpose_kernel))]
+
+
+def _conv_local(module: Any, shapes: Shapes, x: Any) -> list[Product]:
+    window = module.kernel_size
+    return [Product(x, conv_local(shapes["kernel"], (window,) if isinstance(window, int) else tuple(window)))]
+
+
+def _lora(module: Any, shapes: Shapes, x: Any, *_: Any) -> list[Product]:
+    low_rank = jnp.matmul(*module.promote_dtype((x, module.lora_a[...]), dtype=module.dtype))
+    a, b = dense(shapes["lora_a"]), dense(shapes["lora_b"])
+    return [Product(x, a, "lora_a", None), Product(low_rank, b, "lora_b", None)]
+
+
+# From a layer's class to the products of a call: a function of the module, the shapes of its parameters by name, and
+# the call's arguments, defaults included.
+LAYERS: dict[type[Any], Callable[..., list[Product]]] = {
+    nn.Dense: _dense,
+    nnx.Linear: _dense,
+    DenseParams: _dense,  # of OptimizedLSTMCell
+    nn.DenseGeneral: _dense_general,
+    nnx.LinearGeneral: _dense_general,
+    nn.Einsum: _einsum,
+    nnx.Einsum: _einsum,
+    nn.Conv: _conv,
+    nnx.Conv: _conv,
+    nn.ConvTranspose: _conv_transpose,
+    nnx.ConvTranspose: _conv_transpose,
+    nn.ConvLocal: _conv_local,
+    nnx.LoRA: _lora,
+}
+
+_NORMALIZATIONS = tuple(
+    getattr(api, name)
+    for api in (nn, nnx)
+    for name in ("BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm", "SpectralNorm", "WeightNorm")
+)
+
+
+def products(cls: type[Any], module: Any, parameters: Mapping[str, jax.Array], *args: Any) -> list[Product]:
+    """Returns what a call of a layer of Flax multiplies.
+
+    Args:
+      cls: the class in :data:`LAYERS` whose ``__call__`` ran.
+      module: the layer.
+      parameters: its parameters by name, as they are inside the transforms around the call.
+      *args: the arguments of the call, defaults included.
+    """
+    shapes = {name: value.shape for name, value in parameters.items()}
+    found = []
+    for product in LAYERS[cls](module, shapes, *args):
+        is_complex = jnp.iscomplexobj(parameters[product.kernel]) or jnp.iscomplexobj(product.x)
+        is_masked = getattr(module, "mask", None) is not None
+        layout = MASKED if is_masked else COMPLEX if is_complex else product.layout
+        found.append(product._replace(layout=layout, bias=product.bias if product.bias in parameters else None))
+    return found
+
+
+def reason_to_exclude(module: Any) -> str:
+    """Says why the parameters of a module are excluded that no product told of."""
+    name = type(module).__name__
+    if isinstance(module, nn.Embed | nnx.Embed):
+        return EMBEDDING
+    if isinstance(module, _NORMALIZATIONS):
+        return NORMALIZATION
+    for cls in LAYERS:
+        if isinstance(module, cls):
+            if type(module).__call__ is cls.__call__:
+                return "not called in this pass"
+            return f"{name} overrides __call__ and does not call that of {cls.__name__} in this pass"
+    return f"{name} is not one of Flax's linear layers; register makes it known if it is linear"

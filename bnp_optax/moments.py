@@ -14,6 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from bnp_optax.sharding import with_auto_axes
 
@@ -182,26 +183,6 @@ def pool_named_axis(moments: InputMoments, axis_name: str | tuple[str, ...]) -> 
     return _pool(moments, lambda leaf: jax.lax.psum(leaf, axis_name))
 
 
-def pool_with_earlier(earlier: InputMoments | None, record: InputMoments) -> InputMoments:
-    """Pools a call of a layer with earlier ones of the same forward pass: more positions of the same examples.
-
-    Args:
-      earlier: the record of the earlier calls, whose dtype the result has; ``None`` before the first.
-      record: that of the new call.
-
-    Returns:
-      The record of them all.
-
-    Raises:
-      ValueError: if their shapes differ.
-    """
-    if earlier is None:
-        return record
-    if earlier.mean.shape != record.mean.shape:
-        raise ValueError("it is called both inside and outside of a transform that adds an axis")
-    return pool(jax.tree.map(lambda a, b: jnp.stack([a, b.astype(a.dtype)]), earlier, record), repeat_axes=[0])
-
-
 def _pool(moments: InputMoments, total: Callable[[jax.Array], jax.Array]) -> InputMoments:
     positions = total(moments.positions)
     share = (moments.positions / jnp.maximum(positions, 1))[..., None, None]
@@ -211,7 +192,7 @@ def _pool(moments: InputMoments, total: Callable[[jax.Array], jax.Array]) -> Inp
 
 
 def running_decay(
-    seen: jax.Array, examples: jax.Array, decay: float | jax.Array, prior_examples: float | jax.Array | None
+    seen: jax.Array, examples: jax.Array, decay: ArrayLike, prior_examples: ArrayLike | None
 ) -> jax.Array:
     """Returns how much of the running statistics this batch keeps.
 
@@ -236,7 +217,7 @@ def running_decay(
     return jnp.minimum(largest, weight_so_far / (weight_so_far + examples))
 
 
-def batch_scale(full_step: float | jax.Array, examples: jax.Array) -> jax.Array:
+def batch_scale(full_step: ArrayLike, examples: jax.Array) -> jax.Array:
     """Returns q2, the scalar that divides the whole step of a layer: ``max(C / N, 1)``.
 
     So steps are in proportion to their batch up to C examples, and one learning rate serves batches of any size below.

@@ -1,4 +1,4 @@
-"""Find the records of a batch among the intermediates of a model, and pool each to the shape of its statistics."""
+"""The records of a batch: made in the calls of layers, found by layer, and pooled to the shape of the statistics."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,10 +7,58 @@ import jax
 import jax.numpy as jnp
 
 from bnp_optax.layers import Layer, layer_name
-from bnp_optax.moments import InputMoments, pool
+from bnp_optax.layouts import Layout
+from bnp_optax.moments import InputMoments, pool, pool_named_axis
 from bnp_optax.trees import as_path
 
 _SUFFIX = "_input"
+
+
+class RecordError(ValueError):
+    """An input that cannot be recorded."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"The input of {where} cannot be recorded{reason}.")
+
+
+def moments_of(
+    layout: Layout, x: jax.Array, where: str, axis_name: str | tuple[str, ...] | None = None
+) -> InputMoments:
+    """Returns the record of an input, over all of a named axis; an error says of which layer."""
+    try:
+        record = layout.moments(x)
+    except ValueError as error:
+        raise RecordError(where, f": {error}") from error
+    return record if axis_name is None else pool_named_axis(record, axis_name)
+
+
+def pool_records(earlier: InputMoments | None, record: InputMoments, where: str) -> InputMoments:
+    """Pools a call of a layer with earlier ones of the same forward pass: more positions of the same examples.
+
+    Args:
+      earlier: the record of the earlier calls, whose dtype the result has; ``None`` before the first.
+      record: that of the new call.
+      where: the layer, for errors.
+
+    Raises:
+      RecordError: if their shapes differ.
+    """
+    if earlier is None:
+        return record
+    if earlier.mean.shape != record.mean.shape:
+        raise RecordError(where, ": it is called both inside and outside of a transform that adds an axis")
+    return pool(jax.tree.map(lambda a, b: jnp.stack([a, b.astype(a.dtype)]), earlier, record), repeat_axes=[0])
+
+
+def empty_record(layer: Layer) -> InputMoments | None:
+    """Returns the record of a layer that was not called, ``None`` where its shape depends on the batch."""
+    if not set(layer.record_axes) <= {"s"}:
+        return None
+    moment, count = (
+        jnp.zeros((*layer.kernel.stack_shape, *layer.moments_shape[1:])),
+        jnp.zeros(layer.kernel.stack_shape),
+    )
+    return InputMoments(moment, moment, count, count)
 
 
 def record_key(kernel: str) -> str:
@@ -73,34 +121,30 @@ def find_records(layers: Iterable[Layer], intermediates: Any) -> dict[str, Input
 
 
 def _pool_leading_axes(layer: Layer, record: InputMoments) -> InputMoments:
-    """Pools what the transforms inside the model repeat, and all that is mapped or scanned around it."""
+    """Pools what the transforms inside the model repeat, and all that is mapped or scanned around it.
+
+    Take a cell that is a scanned stack of 3 layers with 4 inputs, unrolled over 5 steps, in 2 micro-batches that the
+    training loop scans. Its record has a mean ``[2, 5, 3, 1, 1, 4]``, its layer the ``record_axes`` "rs" (the steps are
+    repeated calls, the 3 a stack), and a stack of its own of 1. What is before these axes, the 2, was added around the
+    model: examples. Pooled over 2 and 5 it is ``[3, 1, 1, 4]``, and with the stacks merged ``[3, 1, 4]``.
+    """
     num_outer = record.mean.ndim - len(layer.record_axes) - 3
     roles = "e" * num_outer + layer.record_axes
     example_axes, repeat_axes = ([axis for axis, r in enumerate(roles) if r == role] for role in "er")
-    *lifted, own_stack = layer.kernel.stack_shape
-    _, groups, inputs = layer.moments_shape
-    stack = [size for size, role in zip(record.mean.shape, roles, strict=False) if role == "s"]
-    # a record with one entry serves all the entries of the layer's own stack
-    if (
-        num_outer < 0
-        or (stack, *record.mean.shape[-2:]) != (lifted, groups, inputs)
-        or record.mean.shape[-3] not in (1, own_stack)
-    ):
+    needed = (*layer.kernel.stack_shape, *layer.moments_shape[1:])
+    kept = [size for size, role in zip(record.mean.shape, roles, strict=False) if role == "s"]
+    if num_outer < 0 or (*kept, *record.mean.shape[-3:]) != needed:
         raise ValueError(
             f"The record of {layer.path} has moments of shape {record.mean.shape}, but the layer needs "
-            f"{(*lifted, own_stack, groups, inputs)} (stack, group, input) at the end. Record the model that "
-            "find_layers saw."
+            f"{needed} (stack, group, input) at the end. Record the model that find_layers saw."
         )
     pooled = pool(record, example_axes, repeat_axes) if example_axes or repeat_axes else record
-
-    def merge_stack(leaf: jax.Array, features: tuple[int, ...]) -> jax.Array:
-        return jnp.broadcast_to(leaf, (*lifted, own_stack, *features)).reshape(-1, *features)
-
+    stack, groups, inputs = layer.moments_shape
     return InputMoments(
-        merge_stack(pooled.mean, (groups, inputs)),
-        merge_stack(pooled.variance, (groups, inputs)),
-        merge_stack(pooled.examples, ()),
-        merge_stack(pooled.positions, ()),
+        pooled.mean.reshape(stack, groups, inputs),
+        pooled.variance.reshape(stack, groups, inputs),
+        pooled.examples.reshape(stack),
+        pooled.positions.reshape(stack),
     )
 
 

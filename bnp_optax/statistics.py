@@ -45,7 +45,7 @@ class LayerStatistics(NamedTuple):
 
 
 # What each array has one number of, and how many axes these have in a layer's own shape.
-_KINDS = {
+_NUMBERS_OF = {
     "mean": "inputs",
     "variance": "inputs",
     "damping": "rows",
@@ -94,10 +94,10 @@ class Statistics:
         place = self.packing.places[path]
 
         def part(name: str) -> jax.Array:
-            kind = _KINDS[name]
+            numbers = _NUMBERS_OF[name]
             x: jax.Array = getattr(self, name)
-            shape = place.shape[: _RANKS[kind]]
-            return x[..., getattr(place, kind)].reshape(*x.shape[:-1], *shape)  # leading axes: as under `jax.vmap`
+            shape = place.shape[: _RANKS[numbers]]
+            return x[..., getattr(place, numbers)].reshape(*x.shape[:-1], *shape)  # leading axes: as under `jax.vmap`
 
         return LayerStatistics(*map(part, LayerStatistics._fields))
 
@@ -285,7 +285,7 @@ def check(statistics: Any, packing: Packing) -> None:
                 f"The state's moments of {path} have shape {saved.get(path)}, but the layers need {needed.get(path)} "
                 f"(stack, group, input). {_RESTORE}"
             )
-    for name, kind in _KINDS.items():
+    for name, kind in _NUMBERS_OF.items():
         needed_shape = (packing.size[_RANKS[kind] - 1],)
         if (shape := jnp.shape(getattr(statistics, name))) != needed_shape:
             raise ValueError(f"The state's {name} has shape {shape}, but the layers need {needed_shape}. {_RESTORE}")

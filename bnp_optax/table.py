@@ -4,36 +4,31 @@ import collections
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from bnp_optax.layers import Layers
+from typing import Any
 
 _FOLD_FROM = 3  # so many rows that differ in the numbers of their path alone become one
 _PATH_WIDTH = 40  # leaves room for the other columns in 100
 
 
-def table(layers: "Layers") -> str:
-    """Returns what ``print(layers)`` shows: the layers, what is excluded and why, and the share that is covered."""
-    rows = [
-        (
-            layer.path,
-            layer.kind,
-            _show_shape(layer.kernel.shape),
-            f"{layer.fan_in:,}",
-            ", ".join(parameter.path[-1] for parameter in layer.parameters),
-            sum(parameter.size for parameter in layer.parameters),
-        )
-        for layer in layers.values()
-    ]
-    covered, left = sum(row[-1] for row in rows), sum(math.prod(other.shape) for other in layers.excluded)
+Shape = tuple[int, ...]
+
+
+def table(layers: Sequence[tuple[str, str, Shape, int, str, int]], excluded: Sequence[tuple[str, Shape, str]]) -> str:
+    """Returns what ``print(layers)`` shows: the layers, what is excluded and why, and the share that is covered.
+
+    Args:
+      layers: of each layer the path, the kind, the kernel's shape, the fan-in, the parameters' names and their size.
+      excluded: of each other parameter the path, the shape and the reason.
+    """
+    rows = [(path, kind, _show_shape(kernel), f"{fan_in:,}", *rest) for path, kind, kernel, fan_in, *rest in layers]
+    covered, left = sum(row[-1] for row in layers), sum(math.prod(shape) for _, shape, _ in excluded)
     parts = []
     if rows:
         header = ("layer", "kind", "kernel", "fan-in", "covers", "parameters")
         folded = [(path, *rest, f"{count * size:,}") for count, (path, *rest, size) in _fold(rows)]
         parts.append(_align([header, *folded], "<<>><>"))
-    for reason in dict.fromkeys(other.reason for other in layers.excluded):
-        others = [("/".join(x.path), _show_shape(x.shape)) for x in layers.excluded if x.reason == reason]
+    for reason in dict.fromkeys(reason for _, _, reason in excluded):
+        others = [(path, _show_shape(shape)) for path, shape, why in excluded if why == reason]
         lines = _align([("  " + path, shape) for _, (path, shape) in _fold(others)], "<>")
         parts.append(f"Excluded: {reason}\n{lines}")
     layers_cover = "1 layer covers" if len(rows) == 1 else f"{len(rows)} layers cover"

@@ -1,10 +1,200 @@
-"""What several tests do to the library's objects."""
+"""What several tests share: inputs, losses, recorded gradients, trainings, and the library's objects changed."""
 
 import dataclasses
+import functools
 
+import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import optax.contrib
+from flax import nnx
+
+import bnp_optax as bnp
+
+# Each program runs but a few times: so XLA compiles it by its older emitters and optimizes nothing.
+quick_jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+)
+
+
+def normal(seed, *shape, mean=1, deviation=2):
+    """Numbers that are neither centred nor of variance 1."""
+    return jnp.asarray(np.random.default_rng(seed).normal(mean, deviation, shape))
+
+
+def weigh(outputs):
+    """A loss that no symmetry makes special, of all outputs."""
+    flat = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(outputs)])
+    return jnp.sum(jnp.sin(flat + jnp.arange(flat.size, dtype=flat.dtype)))
+
+
+def squared_error(prediction, target):
+    """Half of it, summed over features and averaged over examples."""
+    return jnp.sum(jnp.square(prediction - target)) / 2 / prediction.shape[0]
+
+
+def cross_entropy(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def assert_same(actual, expected):
+    """Of float64: up to rounding."""
+    chex.assert_trees_all_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def assert_moments(record, inputs, examples, stack=1, groups=1):
+    """Compares a record with the moments of `inputs`, `[positions, stack * groups * input]`."""
+    inputs = np.asarray(inputs, np.float64)
+    tolerance = 1e-12 if record.mean.dtype == np.float64 else 1e-5
+    for actual, moment in ((record.mean, np.mean), (record.variance, np.var)):
+        expected = moment(inputs, axis=0).reshape(stack, groups, -1)
+        np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+    np.testing.assert_array_equal(record.examples, np.full(stack, examples))
+    np.testing.assert_array_equal(record.positions, np.full(stack, len(inputs)))
+
+
+def unstack(tree, size, axis=0):
+    """The entries of trees that are stacked along an axis."""
+    return [jax.tree.map(lambda leaf, k=k: jnp.take(leaf, k, axis), tree) for k in range(size)]
+
+
+# Forward passes, gradients, steps.
+
+
+def forward(model):
+    """Returns `(params, *args) -> output, records` of a Linen model."""
+    return lambda params, *args, **kwargs: bnp.linen.capture(model)({"params": params}, *args, **kwargs)
+
+
+def gradients_and_records(model, loss=weigh):
+    """Returns `(params, inputs, *targets) -> gradients, records` of the loss `loss(output, *targets)`.
+
+    `model` is a Linen model, or what `forward` returns for one; several inputs are a tuple.
+    """
+    run = forward(model) if isinstance(model, nn.Module) else model
+
+    def gradients(params, inputs, *targets):
+        def loss_fn(params):
+            output, records = run(params, *(inputs if isinstance(inputs, tuple) else (inputs,)))
+            return loss(output, *targets), records
+
+        return jax.grad(loss_fn, has_aux=True)(params)
+
+    return gradients
+
+
+def make_step(tx, gradients):
+    """Returns `(params, state, *batch) -> params, state`, for `gradients` that return records beside gradients."""
+
+    def step(params, state, *batch):
+        new, records = gradients(params, *batch)
+        updates, state = tx.update(new, state, params, intermediates=records)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def compiled(tx):
+    """Returns a transformation each of whose functions is compiled."""
+    return optax.GradientTransformationExtraArgs(quick_jit(tx.init), quick_jit(tx.update))
+
+
+def abstract(tx):
+    """Returns a transformation each of whose functions is traced alone, which is what finds mistakes."""
+    return optax.GradientTransformationExtraArgs(*(functools.partial(jax.eval_shape, function) for function in tx))
+
+
+def train(tx, gradients, params, batches, state=None):
+    """Returns parameters and state after a step on each batch, a tuple of the arguments of `gradients`."""
+    step = quick_jit(make_step(tx, gradients))
+    state = quick_jit(tx.init)(params) if state is None else state
+    for batch in batches:
+        params, state = step(params, state, *batch)
+    return params, state
+
+
+def init(model, *args, seed=0, **kwargs):
+    """Returns the parameters of a Linen model."""
+    return quick_jit(lambda key: model.init(key, *args, **kwargs)["params"])(jax.random.key(seed))
+
+
+def second_update(layers, params, gradients, records):
+    """Returns the second of two updates of the same gradients, so that the start matters, and the state after it."""
+    tx = bnp.scale_by_bnp(layers, decay=0.5, prior_examples=2)
+    _, state = tx.update(gradients, tx.init(params), intermediates=records)
+    return tx.update(gradients, state, intermediates=records)
+
+
+def update_of(layers, model, params, x):
+    """Returns the second update of a Linen model, or of a function that returns its output and records."""
+    gradients = gradients_and_records(model)
+    return quick_jit(lambda params, x: second_update(layers, params, *gradients(params, x)))(params, x)
+
+
+def model_update(model, params, x):
+    """The same of a Linen model, all of whose layers are found."""
+    layers = bnp.linen.find_layers(model, x)
+    assert not layers.excluded
+    return update_of(layers, model, params, x)
+
+
+# Models of NNX.
+
+
+def make(cls, *args, seed=0, **kwargs):
+    """Returns a module of NNX with random parameters, biases included, in float64."""
+    dtype = {"param_dtype": float} if cls.__module__.startswith("flax") else {}
+    module = cls(*args, rngs=nnx.Rngs(seed), **dtype, **kwargs)
+    rng = np.random.default_rng(seed)
+    nnx.update(module, jax.tree.map(lambda p: jnp.asarray(rng.normal(0, 0.4, p.shape)), nnx.state(module, nnx.Param)))
+    return module
+
+
+def compiled_call(function, model, *args):
+    """Returns `function(model, *args)`, compiled."""
+    graphdef, state = nnx.split(model)
+    return quick_jit(lambda state, *args: function(nnx.merge(graphdef, state), *args))(state, *args)
+
+
+class Wrapped(nnx.Module):
+    """Calls its layer by some function of layer and input."""
+
+    def __init__(self, layer, call):
+        self.layer, self.call = layer, call
+
+    def __call__(self, x):
+        return self.call(self.layer, x)
+
+
+def pure(tree):
+    """Returns a tree of NNX with arrays in the place of variables."""
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf.get_value() if is_variable(leaf) else leaf, tree, is_leaf=is_variable)
+
+
+def nnx_update(model, x):
+    """Returns the second update, as `model_update` does, of a module of NNX."""
+    layers = bnp.nnx.find_layers(model, x)
+    assert not layers.excluded
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(model, x):
+        output, records = bnp.nnx.capture(model)(x)
+        return weigh(output), records
+
+    @quick_jit
+    def update(params, rest, x):
+        gradients, records = nnx.grad(loss, has_aux=True)(nnx.merge(graphdef, params, rest), x)
+        return second_update(layers, pure(params), pure(gradients), records)
+
+    updates, _ = update(params, rest, x)
+    return nnx.to_pure_dict(updates)
+
+
+# The library's objects.
 
 
 def with_statistics(statistics, path, **fields):
@@ -16,6 +206,18 @@ def with_statistics(statistics, path, **fields):
         for name, value in fields.items()
     }
     return dataclasses.replace(statistics, **changed)
+
+
+def statistics_in(state):
+    """Returns the statistics that are somewhere in a state, one after the other."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, bnp.Statistics))
+    return [leaf for leaf in leaves if isinstance(leaf, bnp.Statistics)]
+
+
+def map_statistics(function, state):
+    """Returns a state with `function(statistics)` in the place of its statistics."""
+    is_statistics = lambda node: isinstance(node, bnp.Statistics)  # noqa: E731
+    return jax.tree.map(lambda node: function(node) if is_statistics(node) else node, state, is_leaf=is_statistics)
 
 
 def muon_dimensions(params):

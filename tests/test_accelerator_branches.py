@@ -3,10 +3,9 @@
 import chex
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
+from helpers import gradients_and_records, init, normal, squared_error, train
 
 import bnp_optax as bnp
 
@@ -23,27 +22,11 @@ class Net(nn.Module):
         return nn.Dense(3, use_bias=False, param_dtype=float)(x)
 
 
-def train(make):
+def end(make):
     """Returns parameters and state after three steps."""
-    x, y = (jnp.asarray(np.random.default_rng(0).normal(1, 2, (6, *shape))) for shape in ((5, 5, 2), (3,)))
-    params = Net().init(jax.random.key(0), x)["params"]
+    x, y = normal(0, 6, 5, 5, 2), normal(1, 6, 3)
     tx = make(bnp.linen.find_layers(Net(), x))
-
-    @jax.jit
-    def step(params, state):
-        def loss_fn(params):
-            with bnp.linen.record_inputs():
-                prediction, recorded = Net().apply({"params": params}, x, mutable=["intermediates"])
-            return jnp.mean(jnp.square(prediction - y)), recorded["intermediates"]
-
-        gradients, records = jax.grad(loss_fn, has_aux=True)(params)
-        updates, state = tx.update(gradients, state, params, intermediates=records)
-        return optax.apply_updates(params, updates), state
-
-    state = tx.init(params)
-    for _ in range(3):
-        params, state = step(params, state)
-    return params, state
+    return train(tx, gradients_and_records(Net(), squared_error), init(Net(), x), [(x, y)] * 3)
 
 
 @pytest.fixture
@@ -72,11 +55,11 @@ OF_METHOD = {"bnp_sgd": {"sum_of_new"}, "sgd in z": {"_weighted_sum"}}
 
 @pytest.fixture(params=MAKE)
 def name_and_expected(request):
-    return request.param, train(MAKE[request.param])
+    return request.param, end(MAKE[request.param])
 
 
 def test_training_is_the_same_in_the_branches_of_accelerators(name_and_expected, taken):
     name, expected = name_and_expected
-    actual = train(MAKE[name])
+    actual = end(MAKE[name])
     assert taken == {"_in_one_pass", "_by_slices", *OF_METHOD[name]}
     chex.assert_trees_all_close(actual, expected, rtol=1e-10, atol=1e-10)

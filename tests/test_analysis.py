@@ -1,12 +1,14 @@
 """The dense matrices of the analysis, against NumPy's and against the transformation itself."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from helpers import with_statistics
+from helpers import compiled, quick_jit, with_statistics
 
 import bnp_optax as bnp
 from bnp_optax import Layer, Parameter, analysis
@@ -43,6 +45,18 @@ def random_state(layer, params, rng, eps=(1e-2, 1e-4)):
     return with_statistics(state, "kernel", mean=mean, variance=variance, damping=damping, scale=scale)
 
 
+p_of = quick_jit(analysis.preconditioner, static_argnums=0)
+
+
+def hessian(loss_fn, params, layer=DENSE, **options):
+    return quick_jit(lambda params: analysis.hessian(loss_fn, params, layer, **options))(params)
+
+
+def top_eigenvalue(loss_fn, params, layer, *state, products):
+    run = functools.partial(analysis.top_eigenvalue, loss_fn, products=products)
+    return quick_jit(lambda params, *state: run(params, layer, *state))(params, *state)
+
+
 def vector(layer, tree):
     return np.concatenate([np.ravel(tree[parameter.path[0]]) for parameter in layer.parameters])
 
@@ -52,16 +66,16 @@ def vector(layer, tree):
 def test_the_update_is_the_gradient_times_p_and_its_transpose(layer, eps):
     rng = np.random.default_rng(0)
     gradient = random_params(layer, rng)
-    tx = bnp.scale_by_bnp(bnp.Layers((layer,)), eps_relative=eps[0], eps=eps[1])
+    tx = compiled(bnp.scale_by_bnp(bnp.Layers((layer,)), eps_relative=eps[0], eps=eps[1]))
     states = [random_state(layer, gradient, rng, eps), None]
     # absorbed by the transformation itself, whose damping the analysis is not told
     record = jnp.asarray(rng.normal(1, 2, size=layer.moments_shape)), jnp.full(layer.moments_shape, 3.0)
     counts = jnp.full(layer.moments_shape[0], 40.0)
-    records = {"kernel_input": bnp.InputMoments(*record, examples=counts, positions=counts)}
+    records = {"kernel": bnp.InputMoments(*record, examples=counts, positions=counts)}
     _, states[1] = tx.update(gradient, tx.init(gradient), intermediates=records)
     for state in states:
         update, _ = tx.update(gradient, state, intermediates=bnp.KEEP_STATISTICS)
-        p = analysis.preconditioner(layer, state)
+        p = p_of(layer, state)
         np.testing.assert_allclose(p @ p.T @ vector(layer, gradient), vector(layer, update), rtol=1e-12, atol=1e-12)
 
 
@@ -73,7 +87,7 @@ def test_p_is_the_papers_product_of_two_matrices_for_every_unit():
     for unit in range(3):
         own = [15 + unit, *range(unit, 15, 3)]  # bias, then weights
         expected[np.ix_(own, own)] = oracles.preconditioner(mean, variance + 1e-2 * variance.max() + 1e-4, scale)
-    np.testing.assert_allclose(analysis.preconditioner(DENSE, state), expected, rtol=1e-12)
+    np.testing.assert_allclose(p_of(DENSE, state), expected, rtol=1e-12)
 
 
 def softmax_regression(rng, scales):
@@ -97,7 +111,7 @@ def softmax_regression(rng, scales):
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_hessian_of_softmax_regression(batch_size):
     _, loss_fn, params, expected = softmax_regression(np.random.default_rng(2), scales=1.0)
-    actual = analysis.hessian(loss_fn, params, DENSE, batch_size=batch_size)
+    actual = hessian(loss_fn, params, batch_size=batch_size)
     np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-13)
 
 
@@ -111,7 +125,7 @@ def test_hessian_is_that_of_one_layer_among_others():
     loss_fn = lambda p: jnp.square(jnp.tanh(x @ p["a"]["kernel"]) @ p["b"]["kernel"]).sum() / 2  # noqa: E731
     hidden = np.tanh(np.asarray(x) @ np.asarray(params["a"]["kernel"]))
     expected = np.kron(hidden.T @ hidden, np.eye(2))  # least squares in the last layer
-    actual = analysis.hessian(loss_fn, params, Layer.dense(("b", "kernel"), (3, 2)))
+    actual = hessian(loss_fn, params, Layer.dense(("b", "kernel"), (3, 2)))
     np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -119,11 +133,11 @@ def test_preconditioning_cures_badly_scaled_inputs():
     scales = np.array([1e-2, 1e-1, 1.0, 1e1, 1e2])
     x, loss_fn, params, h = softmax_regression(np.random.default_rng(4), scales)
     params = jax.tree.map(jnp.zeros_like, params)
-    h = analysis.hessian(loss_fn, params, DENSE)
-    tx = bnp.scale_by_bnp(bnp.Layers((DENSE,)), decay=0.0, eps_relative=0.0, eps=0.0)
-    records = {"kernel_input": bnp.input_moments(jnp.asarray(x))}
+    h = hessian(loss_fn, params)
+    tx = compiled(bnp.scale_by_bnp(bnp.Layers((DENSE,)), decay=0.0, eps_relative=0.0, eps=0.0))
+    records = {"kernel": bnp.input_moments(jnp.asarray(x))}
     _, state = tx.update(params, tx.init(params), intermediates=records)
-    p = analysis.preconditioner(DENSE, state)
+    p = p_of(DENSE, state)
     # H is the covariance of [x; 1] times that of the labels; P makes all its diagonal alike.
     assert analysis.condition_number(h) > 1e8
     assert analysis.condition_number(p.T @ h @ p) < 10
@@ -140,10 +154,10 @@ def test_top_eigenvalue_is_that_of_the_dense_matrices(layer):
         return jnp.square(factor @ jnp.concatenate([params[p.path[0]].ravel() for p in layer.parameters])).sum() / 2
 
     h = np.asarray(factor.T @ factor)
-    p = np.asarray(analysis.preconditioner(layer, state))
+    p = np.asarray(p_of(layer, state))
     for actual, matrix in (
-        (analysis.top_eigenvalue(loss_fn, params, layer, products=60), h),
-        (analysis.top_eigenvalue(loss_fn, params, layer, state, products=60), p.T @ h @ p),
+        (top_eigenvalue(loss_fn, params, layer, products=60), h),
+        (top_eigenvalue(loss_fn, params, layer, state, products=60), p.T @ h @ p),
     ):
         np.testing.assert_allclose(actual, np.linalg.eigvalsh(matrix).max(), rtol=1e-8)
 
@@ -151,7 +165,7 @@ def test_top_eigenvalue_is_that_of_the_dense_matrices(layer):
 def test_few_products_give_a_lower_bound():
     rng = np.random.default_rng(6)
     _, loss_fn, params, h = softmax_regression(rng, scales=1.0)
-    values = [float(analysis.top_eigenvalue(loss_fn, params, DENSE, products=n)) for n in (1, 2, 4, 18)]
+    values = [float(top_eigenvalue(loss_fn, params, DENSE, products=n)) for n in (1, 2, 4, 18)]
     assert values == sorted(values)
     np.testing.assert_allclose(values[-1], np.linalg.eigvalsh(h).max(), rtol=1e-10)
 
@@ -191,7 +205,7 @@ def test_all_of_it_compiles():
     _, loss_fn, params, _ = softmax_regression(rng, scales=1.0)
     state = random_state(DENSE, params, rng)
 
-    @jax.jit
+    @quick_jit
     def numbers(params, state):
         h, p = analysis.hessian(loss_fn, params, DENSE), analysis.preconditioner(DENSE, state)
         top = analysis.top_eigenvalue(loss_fn, params, DENSE, state, products=18)

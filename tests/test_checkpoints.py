@@ -1,7 +1,9 @@
 """Saving and restoring: Orbax in a new process and after a kill, flax.serialization, checkpoints that do not fit."""
 
+import functools
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from helpers import compiled, forward, init, quick_jit
 
 import bnp_optax as bnp
 
@@ -28,29 +31,38 @@ def train(directory, *arguments, devices=1):
     )
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_a_killed_training_goes_on_in_a_new_process_and_ends_bit_identical(tmp_path, devices):
-    """On as many devices as before, or on more."""
-    whole = train(tmp_path / "whole", 30)
+@pytest.fixture(scope="module")
+def whole_and_killed(tmp_path_factory):
+    """The digest of a training that was not disturbed, and the folder of one that was killed after its first save."""
+    folder = tmp_path_factory.mktemp("trainings")
+    whole = train(folder / "whole", 30)
     assert whole.returncode == 0, whole.stderr
-    killed = train(tmp_path / "killed", 30, 17)
+    killed = train(folder / "killed", 30, 17)
     assert killed.returncode == 9
+    return whole.stdout.split()[2], folder / "killed"
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_killed_training_goes_on_in_a_new_process_and_ends_bit_identical(tmp_path, devices, whole_and_killed):
+    """On as many devices as before, or on more."""
+    whole, killed = whole_and_killed
+    shutil.copytree(killed, tmp_path / "killed")
     resumed = train(tmp_path / "killed", 30, devices=devices)
     assert resumed.returncode == 0, resumed.stderr
     num_devices, start, digest = resumed.stdout.split()
     assert (int(num_devices), int(start)) == (devices, 10)
-    assert digest == whole.stdout.split()[2]
+    assert digest == whole
 
 
+@functools.cache
 def trained(features=5):
-    """Parameters, optimizer and its state after a step."""
+    """Parameters, optimizer, its state after a step, and the records of that."""
     model, x = nn.Sequential([nn.Dense(features), nn.relu, nn.Dense(2)]), jnp.ones((4, 3))
-    params = model.init(jax.random.key(0), x)["params"]
-    tx = bnp.bnp_sgd(0.1, bnp.linen.find_layers(model, x), momentum=0.9)
-    with bnp.linen.record_inputs():
-        _, recorded = model.apply({"params": params}, x, mutable=["intermediates"])
-    _, state = tx.update(params, tx.init(params), params, intermediates=recorded["intermediates"])
-    return params, tx, state, recorded["intermediates"]
+    params = init(model, x)
+    tx = compiled(bnp.bnp_sgd(0.1, bnp.linen.find_layers(model, x), momentum=0.9))
+    _, records = quick_jit(forward(model))(params, x)
+    _, state = tx.update(params, tx.init(params), params, intermediates=records)
+    return params, tx, state, records
 
 
 def test_flax_serialization_round_trip():

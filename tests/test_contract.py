@@ -1,380 +1,393 @@
-"""BNP inside every Optax wrapper that hands extra arguments on, and the errors of those that do not."""
+"""What every transformation of the library promises, whichever it is: types, records, statistics, masks, errors.
 
-import functools
+Those of Optax's wrappers are in test_wrappers.py.
+"""
+
+import dataclasses
 
 import chex
 import flax
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 import pytest
-from helpers import muon_dimensions
+from helpers import abstract, compiled, make_step, map_statistics, quick_jit, statistics_in, with_statistics
+from transformations import (
+    ADAM,
+    DENSE,
+    GRADIENTS_AND_RECORDS,
+    TRANSFORMATIONS,
+    Net,
+    dense_params,
+    dense_record,
+    problem,
+)
 
 import bnp_optax as bnp
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.Conv(4, (3, 3), feature_group_count=2)(x))
-        x = nn.LayerNorm()(x.reshape(x.shape[0], -1))
-        return nn.Dense(3)(nn.relu(nn.Dense(8, use_bias=False)(x)))
-
-
-X = jnp.asarray(np.random.default_rng(0).normal(1, 2, (8, 4, 4, 2)), jnp.float32)
-PARAMS = Net().init(jax.random.key(0), X)["params"]
-LAYERS = bnp.linen.find_layers(Net(), X)
-
-
-def loss(params):
-    return jnp.sum(jnp.square(jnp.sin(Net().apply({"params": params}, X))))
-
-
-def gradients_and_records(params, x=X):
-    def loss_fn(params):
-        with bnp.linen.record_inputs():
-            y, recorded = Net().apply({"params": params}, x, mutable=["intermediates"])
-        return jnp.sum(jnp.square(jnp.sin(y))), recorded["intermediates"]
-
-    return jax.grad(loss_fn, has_aux=True)(params)
-
-
-GRADIENTS, RECORDS = gradients_and_records(PARAMS)
-SGD = optax.sgd(0.1, momentum=0.9)
-
-
-def bnp_sgd(**options):
-    return optax.chain(bnp.scale_by_bnp(LAYERS, **options), SGD)
-
-
-def preconditioned(inner=None, **options):
-    return bnp.preconditioned(optax.adam(1e-2) if inner is None else inner, LAYERS, **options)
-
-
-def as_transformation(multi_steps):
-    """Optax's own `gradient_transformation()` drops extra arguments."""
-    return optax.GradientTransformationExtraArgs(multi_steps.init, multi_steps.update)
-
-
-STATIC = ("inner", "layers", "variance", "scaling")
-BY_KIND = {name: "rest" if name == "LayerNorm_0" else "bnp" for name in PARAMS}
-ALL_BUT_CONV = {name: name != "Conv_0" for name in PARAMS}
-ALL_BUT_CONV_LEAF_BY_LEAF = {name: jax.tree.map(lambda _, name=name: name != "Conv_0", PARAMS[name]) for name in PARAMS}
-
-
-OPTIONS = {
-    "defaults": {},
-    "batch variance": {"variance": "batch"},
-    "examples": {"scaling": "examples"},
-    "unscaled": {"scaling": "none"},
-    "constant decay": {"prior_examples": None},
-    "no prior": {"prior_examples": 0},
-    "numbers": {"decay": 0.5, "eps_relative": 0.0, "eps": 1e-2},
-}
-
-# Every wrapper hands `intermediates` to the transformation that it wraps.
-WRAPPERS = {
-    **{f"options: {name}": functools.partial(bnp_sgd, **options) for name, options in OPTIONS.items()},
-    "alias": lambda: bnp.bnp_sgd(0.1, LAYERS, momentum=0.9, nesterov=True, weight_decay=1e-3),
-    "named_chain": lambda: optax.named_chain(("bnp", bnp.scale_by_bnp(LAYERS)), ("sgd", SGD)),
-    "partition": lambda: optax.partition({"bnp": bnp_sgd(), "rest": optax.adam(1e-3)}, BY_KIND),
-    "masked": lambda: optax.chain(optax.masked(bnp.scale_by_bnp(LAYERS), ALL_BUT_CONV), SGD),
-    "masked leaf by leaf": lambda: optax.chain(optax.masked(bnp.scale_by_bnp(LAYERS), ALL_BUT_CONV_LEAF_BY_LEAF), SGD),
-    "freeze": lambda: optax.partition({True: bnp_sgd(), False: optax.set_to_zero()}, ALL_BUT_CONV),
-    "inject_hyperparams": lambda: optax.inject_hyperparams(bnp.bnp_sgd)(0.1, LAYERS, decay=0.9, prior_examples=16),
-    "inject schedules": lambda: optax.inject_hyperparams(bnp.bnp_sgd)(
-        optax.linear_schedule(0.1, 0.01, 10), LAYERS, decay=optax.linear_schedule(0.5, 0.99, 10), eps=lambda count: 1e-3
-    ),
-    "apply_if_finite": lambda: optax.apply_if_finite(bnp_sgd(), max_consecutive_errors=3),
-    "conditionally_transform": lambda: optax.conditionally_transform(
-        bnp_sgd(), lambda step, **_: step % 2 == 0, forward_extra_args=True
-    ),
-    "conditionally_mask": lambda: optax.conditionally_mask(
-        bnp_sgd(), lambda step, **_: step % 2 == 0, forward_extra_args=True
-    ),
-    "schedule_free": lambda: optax.contrib.schedule_free(
-        optax.chain(bnp.scale_by_bnp(LAYERS), optax.sgd(0.1)), learning_rate=0.1
-    ),
-    "mechanize": lambda: optax.contrib.mechanize(bnp_sgd()),
-    "flatten": lambda: optax.chain(bnp.scale_by_bnp(LAYERS), optax.flatten(SGD)),
-    "MultiSteps outside": lambda: optax.MultiSteps(bnp_sgd(), every_k_schedule=2),
-    "MultiSteps behind": lambda: optax.chain(bnp.scale_by_bnp(LAYERS), as_transformation(optax.MultiSteps(SGD, 2))),
-    "clipping": lambda: optax.chain(bnp.scale_by_bnp(LAYERS), optax.clip_by_global_norm(1.0), optax.zero_nans(), SGD),
-    "before Adam": lambda: optax.chain(bnp.scale_by_bnp(LAYERS), optax.adamw(1e-3)),
-    "in z, adam": preconditioned,
-    "in z, adamw": lambda: preconditioned(optax.adamw(1e-2)),
-    "in z, muon": lambda: preconditioned(optax.contrib.muon(1e-2, muon_weight_dimension_numbers=muon_dimensions)),
-    "in z, clipping inside": lambda: preconditioned(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))),
-    "in z, clipping and decay around": lambda: optax.chain(
-        optax.clip_by_global_norm(1.0), preconditioned(), optax.add_decayed_weights(-1e-4)
-    ),
-    "in z, inject_hyperparams": lambda: optax.inject_hyperparams(bnp.preconditioned, static_args=STATIC)(
-        optax.adam(1e-2), LAYERS, decay=optax.linear_schedule(0.5, 0.99, 10), eps=1e-3, prior_examples=16
-    ),
-    "in z, inject inside": lambda: preconditioned(
-        optax.inject_hyperparams(optax.adamw)(optax.linear_schedule(0.1, 0.01, 10), weight_decay=1e-3)
-    ),
-    "in z, partition": lambda: optax.partition({"bnp": preconditioned(), "rest": optax.adam(1e-3)}, BY_KIND),
-    "in z, partition inside": lambda: preconditioned(
-        optax.partition({"bnp": optax.adam(1e-2), "rest": optax.sgd(1e-2)}, BY_KIND)
-    ),
-    "in z, masked": lambda: optax.masked(preconditioned(), ALL_BUT_CONV),
-    "in z, masked leaf by leaf": lambda: optax.masked(preconditioned(), ALL_BUT_CONV_LEAF_BY_LEAF),
-    "in z, masked inside": lambda: preconditioned(optax.chain(optax.masked(optax.trace(0.9), ALL_BUT_CONV), SGD)),
-    "in z, apply_if_finite": lambda: optax.apply_if_finite(preconditioned(), max_consecutive_errors=3),
-    "in z, schedule_free": lambda: optax.contrib.schedule_free(preconditioned(optax.sgd(0.1)), learning_rate=0.1),
-    "in z, MultiSteps outside": lambda: optax.MultiSteps(preconditioned(), every_k_schedule=2),
-    "in z, MultiSteps inside": lambda: preconditioned(as_transformation(optax.MultiSteps(optax.adam(1e-2), 2))),
-}
-
-
-@pytest.fixture(scope="module", params=WRAPPERS)
-def tx(request):
-    return WRAPPERS[request.param]()
-
-
-def step_with(tx):
-    """Returns a training step, and the list of its traces."""
-    traces = []
-
-    @jax.jit
-    def step(params, state):
-        traces.append(1)
-        gradients, records = gradients_and_records(params)
-        updates, state = tx.update(gradients, state, params, intermediates=records)
-        return optax.apply_updates(params, updates), state
-
-    return step, traces
+@pytest.fixture(scope="module", params=TRANSFORMATIONS)
+def entry(request, strict):
+    entry = TRANSFORMATIONS[request.param]
+    if entry.rest is not ADAM:
+        yield entry
+        return
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):  # which Adam needs
+        yield entry
 
 
 @pytest.fixture(scope="module")
-def step_and_traces(tx):
-    return step_with(tx)
+def tx(entry):
+    """The transformation for the network, compiled once."""
+    return compiled(entry.make(problem().layers))
 
 
-def find_bnp(state):
-    """Returns the statistics, wherever they are in a state."""
-    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, bnp.Statistics))
-    return [leaf for leaf in leaves if isinstance(leaf, bnp.Statistics)]
+@pytest.fixture(scope="module")
+def dense(entry):
+    """The transformation for a dense layer, compiled once."""
+    return compiled(entry.make(DENSE))
 
 
-def test_training_compiles_once_and_keeps_every_type(tx, step_and_traces):
-    step, traces = step_and_traces
-    params, state = PARAMS, jax.jit(tx.init)(PARAMS)
-    for _ in range(3):
-        new_params, new_state = step(params, state)
-        chex.assert_trees_all_equal_shapes_and_dtypes((params, state), (new_params, new_state))
-        params, state = new_params, new_state
-    assert len(traces) == 1
-    chex.assert_tree_all_finite(params)
-    [statistics] = find_bnp(state)
-    assert statistics["Dense_1"].seen >= 8
-    assert np.abs(statistics["Dense_1"].mean).max() > 1e-3
-    assert optax.tree.norm(optax.tree.sub(params, PARAMS)) > 0
+def update(tx, state=None, **changes):
+    """Returns updates and state after one batch of the problem, or of one that differs in some things."""
+    given = problem()._asdict() | changes
+    state = tx.init(given["params"]) if state is None else state
+    return tx.update(given["gradients"], state, given["params"], intermediates=given["records"])
 
 
-def test_scan_cond_and_eval_shape_keep_the_state(tx, step_and_traces):
-    step, state = step_and_traces[0], jax.jit(tx.init)(PARAMS)
-    once = step(PARAMS, state)
-    twice = step(*once)
-
-    def body(carry, go):
-        return jax.lax.cond(go, lambda c: step(*c), lambda c: c, carry), None
-
-    scanned, _ = jax.jit(lambda carry: jax.lax.scan(body, carry, jnp.array([True, False, True])))((PARAMS, state))
-    chex.assert_trees_all_close(scanned, twice, rtol=1e-4, atol=1e-5)
-    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(step, PARAMS, state), once)
+def dense_update(tx, state, x, gradients=None):
+    params = dense_params()
+    return tx.update(params if gradients is None else gradients, state, params, intermediates=dense_record(x))
 
 
-def test_map_params_sees_statistics_as_what_they_are_no_parameters(request, tx):
-    if "flatten" in request.node.callspec.id:
-        pytest.skip("optax.flatten itself cannot be initialized with a placeholder")
-    state = tx.init(PARAMS)
-    as_params = optax.tree.map_params(tx, lambda leaf: leaf + jnp.ones_like(leaf), state)
-    chex.assert_trees_all_equal(find_bnp(as_params), find_bnp(state))
-    others = optax.tree.map_params(tx, lambda leaf: leaf, state, transform_non_params=lambda leaf: leaf + 1)
-    chex.assert_trees_all_equal(find_bnp(others), jax.tree.map(lambda leaf: leaf + 1, find_bnp(state)))
+def assert_same_types(actual, expected):
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+    jax.tree.map(lambda a, b: chex.assert_equal(a.weak_type, b.weak_type), actual, expected)
 
 
-def test_map_params_sees_what_the_inner_optimizer_keeps_of_parameters():
-    tx = preconditioned(optax.adam(1e-2))
-    state = tx.init(PARAMS)
-    mapped = optax.tree.map_params(tx, lambda leaf, param: leaf + param, state, PARAMS)
-    assert mapped.inner[0].count == 0
-    chex.assert_trees_all_equal(mapped.statistics, state.statistics)
-    for moments in (mapped.inner[0].mu, mapped.inner[0].nu):
-        chex.assert_trees_all_equal(moments, PARAMS)
+# Types, and ways to run.
 
 
-KEEPING = (
-    "options: defaults",
-    "in z, adam",
-    "in z, muon",
-    "in z, partition inside",
-    "in z, MultiSteps inside",
-)
+def test_update_keeps_tree_shape_dtype_and_weak_type(tx):
+    state = tx.init(problem().params)
+    updates, new_state = update(tx, state)
+    assert_same_types(updates, problem().gradients)
+    assert_same_types(new_state, state)
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves((updates, new_state)))
 
 
-@pytest.mark.parametrize("name", KEEPING)
-def test_steps_that_keep_the_statistics_compile_once_and_keep_every_type(name):
-    tx, traces = WRAPPERS[name](), []
-
-    @jax.jit
-    def step(params, state):
-        traces.append(1)
-        gradients = jax.grad(loss)(params)
-        updates, state = tx.update(gradients, state, params, intermediates=bnp.KEEP_STATISTICS)
-        return optax.apply_updates(params, updates), state
-
-    params, state = step_with(tx)[0](PARAMS, tx.init(PARAMS))
-    [statistics] = find_bnp(state)
-    for _ in range(3):
-        new_params, state_after = step(params, state)
-        chex.assert_trees_all_equal_shapes_and_dtypes((params, state), (new_params, state_after))
-        params, state = new_params, state_after
-    assert len(traces) == 1
-    chex.assert_trees_all_equal(find_bnp(state), [statistics])
-    assert optax.tree.norm(optax.tree.sub(params, PARAMS)) > 0
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_low_precision_gradients_come_back_in_their_dtype(tx, dtype):
+    params, low = optax.tree.cast((problem().params, problem().gradients), dtype)
+    updates, state = update(tx, params=params, gradients=low)
+    expected, _ = update(tx)
+    chex.assert_trees_all_equal_dtypes(updates, low)
+    [statistics] = statistics_in(state)
+    assert statistics.mean.dtype == jnp.float32
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    chex.assert_trees_all_close(optax.tree.cast(updates, jnp.float32), expected, rtol=0.05, atol=0.01 * largest)
 
 
-def test_monitor_sees_preconditioned_updates():
-    tx = optax.chain(
-        bnp.scale_by_bnp(LAYERS), optax.monitor({"norm": lambda updates, *_, **__: optax.tree.norm(updates)})
-    )
-    updates, state = tx.update(GRADIENTS, tx.init(PARAMS), PARAMS, intermediates=RECORDS)
-    np.testing.assert_allclose(state[1].measurements["norm"], optax.tree.norm(updates), rtol=1e-6)
+def test_eager_compiled_and_mapped_updates_agree(entry, tx):
+    """Mapped as over seeds, whose members must not see one another."""
+    eager = entry.make(problem().layers)
+    chex.assert_trees_all_close(update(tx), update(eager), rtol=1e-4, atol=1e-5)
+
+    members = [(p.params, p.gradients, p.records) for p in (problem(), another_problem())]
+    mapped = jax.vmap(lambda params, g, r: eager.update(g, eager.init(params), params, intermediates=r))
+    updates, state = quick_jit(mapped)(*jax.tree.map(lambda *leaves: jnp.stack(leaves), *members))
+    for k, (params, gradients, records) in enumerate(members):
+        expected = update(tx, params=params, gradients=gradients, records=records)
+        member = jax.tree.map(lambda leaf, k=k: leaf[k], (updates, state))
+        chex.assert_trees_all_close(member, expected, rtol=1e-4, atol=1e-5)
+    [statistics] = statistics_in(state)
+    assert statistics["Conv_0"].mean.shape == (2, 1, 2, 1)
+    assert statistics["Conv_0"].seen.shape == (2, 1)
 
 
-def test_frozen_dict_parameters_are_like_dicts():
-    tx = bnp_sgd()
-    frozen, records = flax.core.freeze(PARAMS), flax.core.freeze(RECORDS)
-    updates, _ = tx.update(flax.core.freeze(GRADIENTS), tx.init(frozen), frozen, intermediates=records)
-    expected, _ = tx.update(GRADIENTS, tx.init(PARAMS), PARAMS, intermediates=RECORDS)
+def another_problem():
+    p = problem()
+    params = jax.tree.map(lambda leaf: leaf + 0.1, p.params)
+    gradients, records = GRADIENTS_AND_RECORDS(params, 2 * p.x)
+    return p._replace(params=params, gradients=gradients, records=records)
+
+
+def test_a_donated_state_is_used_up_and_changes_no_result(entry):
+    tx = entry.make(problem().layers)
+    step = make_step(tx, lambda params, gradients, records: (gradients, records))
+    batch = problem().gradients, problem().records
+    donating, plain = quick_jit(step, donate_argnums=(0, 1)), quick_jit(step)
+    expected = problem().params, tx.init(problem().params)
+    actual = jax.tree.map(jnp.copy, problem().params), tx.init(problem().params)
+    for _ in range(2):
+        before, actual = actual, donating(*actual, *batch)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+        expected = plain(*expected, *batch)
+    chex.assert_trees_all_equal(actual, expected)
+
+
+def test_frozen_dict_parameters_are_like_dicts(tx):
+    frozen = {name: flax.core.freeze(getattr(problem(), name)) for name in ("params", "gradients", "records")}
+    updates, _ = update(tx, **frozen)
     assert isinstance(updates, flax.core.FrozenDict)
+    expected, _ = update(tx)
     chex.assert_trees_all_equal(flax.core.unfreeze(updates), expected)
 
 
-def test_injected_schedules_equal_plain_numbers_at_each_step():
+def test_other_extra_arguments_are_handed_on_or_ignored(tx):
+    p = problem()
+    extra = {"value": jnp.float32(1.0), "epoch": 3}
+    updates, _ = tx.update(p.gradients, tx.init(p.params), p.params, intermediates=p.records, **extra)
+    chex.assert_trees_all_close(updates, update(tx)[0], rtol=1e-6)
+
+
+def test_map_params_sees_statistics_as_no_parameters_and_what_is_kept_of_parameters_as_such(entry, tx):
+    params = problem().params
+    state = tx.init(params)
+
+    def mapped(tx, state):
+        return optax.tree.map_params(
+            tx, lambda leaf, param: leaf + param, state, params, transform_non_params=lambda leaf: leaf + 1
+        )
+
+    actual, kept = mapped(tx, state), mapped(entry.rest, entry.rest.init(params))
+    chex.assert_trees_all_equal(statistics_in(actual), jax.tree.map(lambda leaf: leaf + 1, statistics_in(state)))
+    chex.assert_trees_all_equal(jax.tree.leaves(map_statistics(lambda _: None, actual)), jax.tree.leaves(kept))
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, state)
+
+
+# Which parameters.
+
+
+def test_parameters_outside_the_layers_are_updated_as_without_the_library(entry):
+    p = problem()
+    updates, _ = update(compiled(entry.make(p.layers.select(lambda layer: layer.kind == "Conv"))))
+    expected, _ = entry.rest.update(p.gradients, entry.rest.init(p.params), p.params)
+    for name in ("LayerNorm_0", "Dense_0", "Dense_1"):
+        chex.assert_trees_all_close(updates[name], expected[name], rtol=1e-6)
+    assert np.abs(updates["Conv_0"]["kernel"] - expected["Conv_0"]["kernel"]).max() > 1e-3
+
+
+def test_masked_layers_pass_and_a_masked_bias_counts_as_none(entry, tx):
+    p = problem()
+    mask = jax.tree.map(lambda _: True, p.params)
+    mask["Conv_0"] = {"kernel": False, "bias": True}
+    mask["Dense_1"] = {"kernel": True, "bias": False}
+    updates, _ = update(compiled(optax.masked(entry.make(p.layers), mask)))
+    bias, _ = entry.rest.update(p.gradients["Conv_0"], entry.rest.init(p.params["Conv_0"]), p.params["Conv_0"])
+    expected = {"kernel": p.gradients["Conv_0"]["kernel"], "bias": bias["bias"]}
+    chex.assert_trees_all_close(updates["Conv_0"], expected, rtol=1e-6)
+    full, _ = update(tx)
+    chex.assert_trees_all_close(updates["Dense_0"], full["Dense_0"], rtol=1e-6)
+
+    last = bnp.Layers((bnp.Layer.dense(("Dense_1", "kernel"), (8, 3)),))
+    without_bias, _ = update(compiled(entry.make(last)))
+    expected = {"kernel": without_bias["Dense_1"]["kernel"], "bias": p.gradients["Dense_1"]["bias"]}
+    chex.assert_trees_all_close(updates["Dense_1"], expected, rtol=1e-6)
+
+
+def test_masked_and_partitioned_layers_are_preconditioned_as_alone(entry, tx):
+    p = problem()
+    expected, _ = update(tx)
+    masked = optax.masked(entry.make(p.layers), {name: name != "Conv_0" for name in p.params})
+    updates, _ = update(compiled(masked))
+    chex.assert_trees_all_close(updates, {**expected, "Conv_0": p.gradients["Conv_0"]}, rtol=1e-6)
+    by_kind = {name: "rest" if name == "LayerNorm_0" else "bnp" for name in p.params}
+    parts = optax.partition({"bnp": entry.make(p.layers), "rest": optax.set_to_zero()}, by_kind)
+    updates, _ = update(compiled(parts))
+    zeros = optax.tree.zeros_like(p.gradients["LayerNorm_0"])
+    chex.assert_trees_all_close(updates, {**expected, "LayerNorm_0": zeros}, rtol=1e-6)
+
+
+# Statistics: what is absorbed, kept, skipped.
+
+
+def test_statistics_are_kept_where_the_user_says_so(entry):
+    """Under decay 0 they are the last batch's, so that keeping them is absorbing that batch again."""
+    tx = compiled(entry.make(problem().layers, decay=0.0, prior_examples=None))
+    _, state = update(tx)
+    kept, kept_state = update(tx, state, records=bnp.KEEP_STATISTICS)
+    expected, _ = update(tx, state)
+    chex.assert_trees_all_close(kept, expected, rtol=1e-5, atol=1e-8)
+    chex.assert_trees_all_equal(statistics_in(kept_state), statistics_in(state))
+    assert_same_types(kept_state, state)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38, 1e25])
+def test_a_batch_that_is_not_finite_is_skipped_and_counted(dense, bad):
+    """1e25 has finite moments, but its square overflows the running variance."""
+    _, state = dense_update(dense, dense.init(dense_params()), [[1.0, 2, 3], [2, 2, 0]])
+    updates, new_state = dense_update(dense, state, [[1.0, bad, 3], [1.0, 2, 3]])
+    [before], [after] = statistics_in(state), statistics_in(new_state)
+    for name in ("mean", "variance", "seen"):
+        chex.assert_trees_all_equal(getattr(after, name), getattr(before, name))
+    assert after["w"].skipped == 1
+    chex.assert_tree_all_finite(updates)
+
+
+def test_only_the_layer_that_is_not_finite_skips(tx):
+    records = dict(problem().records)
+    bad = records["Dense_0"]
+    records["Dense_0"] = dataclasses.replace(bad, mean=bad.mean.at[0, 0, 0].set(np.nan))
+    _, state = update(tx, records=records)
+    [statistics] = statistics_in(state)
+    skipped = {name: int(statistics[name].skipped[0]) for name in statistics}
+    assert skipped == {"Conv_0": 0, "Dense_0": 1, "Dense_1": 0}
+
+
+def test_counter_of_examples_saturates(dense):
+    almost = map_statistics(lambda s: with_statistics(s, "w", seen=2**31 - 2), dense.init(dense_params()))
+    _, state = dense_update(dense, almost, np.ones((5, 3)))
+    [statistics] = statistics_in(state)
+    assert statistics["w"].seen == 2**31 - 1
+
+
+@pytest.mark.parametrize("prior", [None, 0, 128])
+def test_layer_without_positions_keeps_its_statistics_and_counts_nothing(entry, prior):
+    tx, params = compiled(entry.make(DENSE, prior_examples=prior)), dense_params()
+    start = tx.init(params)
+    _, before = dense_update(tx, start, [[1.0, 2, 3], [2, 2, 0]])
+    empty = jax.tree.map(jnp.zeros_like, dense_record(np.ones((2, 3))))
+    for state in (before, start):
+        _, after = tx.update(params, state, params, intermediates=empty)
+        chex.assert_trees_all_equal(statistics_in(after), statistics_in(state))
+
+
+# Hyperparameters.
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_injected_hyperparameters_equal_plain_ones(entry):
+    options = {"decay": 0.9, "eps_relative": 0.05, "eps": 1e-3, "prior_examples": 16}
+    plain, injected = (compiled(make(**options)) for make in (entry.optimizer, entry.injected))
+    state, injected_state = (tx.init(problem().params) for tx in (plain, injected))
+    for _ in range(2):
+        expected, state = update(plain, state)
+        actual, injected_state = update(injected, injected_state)
+        chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_injected_schedules_equal_plain_numbers_at_each_step(entry):
     schedules = {
-        "learning_rate": optax.linear_schedule(0.1, 0.02, 4),
         "decay": optax.linear_schedule(0.5, 0.9, 4),
         "eps": optax.linear_schedule(1e-2, 1e-4, 4),
         "eps_relative": optax.linear_schedule(0.1, 0.01, 4),
     }
-    injected = optax.inject_hyperparams(bnp.bnp_sgd)(layers=LAYERS, momentum=0.9, **schedules)
-    state, plain_state = injected.init(PARAMS), bnp.bnp_sgd(0.1, LAYERS, momentum=0.9).init(PARAMS)
+    scheduled, injected = (
+        compiled(entry.injected(**options)) for options in (schedules, dict.fromkeys(schedules, 0.0))
+    )
+    state, plain_state = (tx.init(problem().params) for tx in (scheduled, injected))
     for step in range(4):
-        numbers = {name: float(schedule(step)) for name, schedule in schedules.items()}
-        plain = bnp.bnp_sgd(layers=LAYERS, momentum=0.9, **numbers)
-        updates, state = injected.update(GRADIENTS, state, PARAMS, intermediates=RECORDS)
-        expected, plain_state = plain.update(GRADIENTS, plain_state, PARAMS, intermediates=RECORDS)
-        chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-6)
+        numbers = {name: jnp.float32(schedule(step)) for name, schedule in schedules.items()}
+        expected, plain_state = update(injected, with_hyperparameters(plain_state, numbers))
+        actual, state = update(scheduled, state)
+        chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("alone", [bnp.scale_by_bnp(LAYERS), preconditioned()], ids=["scale_by_bnp", "preconditioned"])
-def test_masked_and_partitioned_layers_are_preconditioned_as_alone(alone):
-    expected, _ = alone.update(GRADIENTS, alone.init(PARAMS), intermediates=RECORDS)
-    masked = optax.masked(alone, ALL_BUT_CONV)
-    updates, _ = masked.update(GRADIENTS, masked.init(PARAMS), intermediates=RECORDS)
-    chex.assert_trees_all_equal(updates, {**expected, "Conv_0": GRADIENTS["Conv_0"]})
-    parts = optax.partition({"bnp": alone, "rest": optax.set_to_zero()}, BY_KIND)
-    updates, _ = parts.update(GRADIENTS, parts.init(PARAMS), PARAMS, intermediates=RECORDS)
-    chex.assert_trees_all_equal(updates, {**expected, "LayerNorm_0": optax.tree.zeros_like(GRADIENTS["LayerNorm_0"])})
+def with_hyperparameters(state, numbers):
+    """Returns the state of an optimizer with these injected hyperparameters, as a user changes them."""
+    injected, *behind = state
+    return (injected._replace(hyperparams={**injected.hyperparams, **numbers}), *behind)
 
 
-def test_apply_if_finite_keeps_the_statistics_of_before_a_bad_batch():
-    tx = optax.apply_if_finite(bnp_sgd(), max_consecutive_errors=3)
-    _, before = tx.update(GRADIENTS, tx.init(PARAMS), PARAMS, intermediates=RECORDS)
-    gradients, records = gradients_and_records(PARAMS, X.at[0, 0, 0, 0].set(jnp.nan))
-    updates, after = tx.update(gradients, before, PARAMS, intermediates=records)
-    chex.assert_trees_all_equal(after.inner_state, before.inner_state)
-    chex.assert_trees_all_equal(updates, optax.tree.zeros_like(PARAMS))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay": 1.0}, r"decay must be in \[0, 1\), but is 1.0"),
+        ({"decay": 1.5}, r"decay must be in \[0, 1\), but is 1.5"),
+        ({"decay": -0.1}, r"decay must be in \[0, 1\), but is -0.1"),
+        ({"decay": float("nan")}, "decay must be"),
+        ({"eps": -1e-4}, "eps must be finite and not negative, but is -0.0001"),
+        ({"eps_relative": float("inf")}, "eps_relative must be finite"),
+        ({"prior_examples": -1}, "prior_examples must be finite and not negative, but is -1"),
+        ({"variance": "exact"}, "variance must be one of 'mixture', 'batch', but is 'exact'"),
+        ({"scaling": None}, "scaling must be a number of examples or one of 'examples', .*'none', but is None"),
+        ({"scaling": "exmples"}, "but is 'exmples'"),
+        ({"scaling": 0}, "scaling must be a positive number of examples or the name of a rule, but is 0"),
+        ({"scaling": float("nan")}, "scaling must be a positive number"),
+    ],
+)
+def test_options_out_of_range_are_refused(entry, options, message):
+    with pytest.raises(ValueError, match=message):
+        entry.make(DENSE, **options)
 
 
-# MultiSteps: what is absorbed.
+# What goes wrong, and what the user reads.
 
 
-def micro_batches(tx, state):
-    for half in (X[:4], X[4:]):
-        gradients, records = gradients_and_records(PARAMS, half)
-        updates, state = tx.update(gradients, state, PARAMS, intermediates=records)
-    return updates, state
+def test_layers_of_the_wrong_type_are_refused(entry):
+    with pytest.raises(TypeError, match=r"layers must be a bnp_optax\.Layers, .* not Net"):
+        entry.make(Net())
 
 
-@pytest.mark.parametrize("make", [bnp.scale_by_bnp, functools.partial(bnp.preconditioned, optax.adam(1e-2))])
-def test_multi_steps_outside_absorbs_the_last_micro_batch_alone(make):
-    tx = optax.MultiSteps(make(LAYERS, decay=0.5), every_k_schedule=2)
-    _, state = micro_batches(tx, tx.init(PARAMS))
-    [statistics] = find_bnp(state)
-    _, last = gradients_and_records(PARAMS, X[4:])
-    assert statistics["Conv_0"].seen == 4
-    expected = np.ravel(last["Conv_0"]["kernel_input"].mean)
-    np.testing.assert_allclose(statistics["Conv_0"].mean.ravel(), 0.5 * expected, rtol=1e-5)
+def test_layers_without_a_layer_are_refused(entry):
+    for layers in (problem().layers.select(lambda layer: False), bnp.Layers(())):
+        with pytest.raises(ValueError, match=r"no layer to precondition: .*print\(layers\)"):
+            entry.make(layers)
 
 
-@pytest.mark.parametrize("name", ["MultiSteps behind", "in z, MultiSteps inside"])
-def test_multi_steps_inside_absorbs_every_micro_batch(name):
-    tx = WRAPPERS[name]()
-    _, state = micro_batches(tx, tx.init(PARAMS))
-    [statistics] = find_bnp(state)
-    assert statistics["Conv_0"].seen == 8
+def test_layers_of_another_model_are_refused_by_init(entry):
+    tx = abstract(entry.make(DENSE))
+    with pytest.raises(ValueError, match=r"w with shape \(3, 2\), but it has shape \(4, 2\)"):
+        tx.init(dense_params(4))
+    with pytest.raises(ValueError, match=r"describes w, which the parameters do not hold\. They hold Conv_0/bias, .*"):
+        tx.init(problem().params)
+    with pytest.raises(ValueError, match=r"describes b, which the parameters do not hold"):
+        tx.init({"w": jnp.ones((3, 2))})
 
 
-def test_multi_steps_inside_averages_what_each_micro_batch_asks_of_z():
-    """Under statistics that stay, the mean of the gradients of both halves is one step's."""
-    tx = preconditioned(as_transformation(optax.MultiSteps(optax.sgd(0.1), 2)))
-    _, state = micro_batches(tx, tx.init(PARAMS))
-    start = state.statistics
-    halves = [gradients_and_records(PARAMS, half)[0] for half in (X[:4], X[4:])]
-    for gradients in halves:
-        updates, state = tx.update(gradients, state, PARAMS, intermediates=bnp.KEEP_STATISTICS)
-    whole = preconditioned(optax.sgd(0.1))
-    mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
-    at_start = bnp.PreconditionedState(start, whole.init(PARAMS).inner)
-    expected, _ = whole.update(mean, at_start, PARAMS, intermediates=bnp.KEEP_STATISTICS)
-    chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-6)
+def test_missing_intermediates_are_a_type_error(entry):
+    tx, params = abstract(entry.make(DENSE)), dense_params()
+    state = tx.init(params)
+    with pytest.raises(TypeError, match="intermediates"):
+        tx.update(params, state, params)
+    with pytest.raises(TypeError, match=r"KEEP_STATISTICS, not NoneType"):
+        tx.update(params, state, params, intermediates=None)
 
 
-# Wrappers that do not hand the records on: the user gets an error, never a silent plain gradient.
+def test_missing_records_name_their_layers(entry):
+    tx, records = abstract(entry.make(problem().layers)), problem().records
+    state = tx.init(problem().params)
+    with pytest.raises(ValueError, match=r"no record of the input of Conv_0, Dense_0, Dense_1\. .*capture"):
+        update(tx, state, records={})
+    with pytest.raises(ValueError, match=r"input of Dense_1\. .*layers\.select"):
+        update(tx, state, records={k: v for k, v in records.items() if k != "Dense_1"})
+    with pytest.raises(ValueError, match=r"intermediates=recorded\['intermediates'\]"):
+        update(tx, state, records={"intermediates": records})
 
 
-def refusals(make, kind):
-    def lookahead():
-        tx = optax.lookahead(make(), sync_period=2, slow_step_size=0.5)
-        params = optax.LookaheadParams.init_synced(PARAMS)
-        return tx.update(GRADIENTS, tx.init(params), params, intermediates=RECORDS)
-
-    def sam():
-        tx = optax.contrib.sam(make(), optax.sgd(0.05), sync_period=2)
-        return tx.update(GRADIENTS, tx.init(PARAMS), PARAMS, intermediates=RECORDS)
-
-    def split_real_and_imaginary():
-        tx = optax.contrib.split_real_and_imaginary(make())
-        return tx.update(GRADIENTS, tx.init(PARAMS), PARAMS, intermediates=RECORDS)
-
-    def multi_steps_in_a_chain():
-        tx = optax.chain(optax.MultiSteps(make(), 2).gradient_transformation(), optax.identity())
-        return tx.update(GRADIENTS, tx.init(PARAMS), PARAMS, intermediates=RECORDS)
-
-    def flax_train_state():
-        from flax.training.train_state import TrainState
-
-        return TrainState.create(apply_fn=None, params=PARAMS, tx=make()).apply_gradients(grads=GRADIENTS)
-
-    def flatten_around():
-        tx = optax.flatten(make())
-        return tx.update(GRADIENTS, tx.init(PARAMS), PARAMS, intermediates=RECORDS)
-
-    cases = [lookahead, sam, split_real_and_imaginary, multi_steps_in_a_chain, flax_train_state, flatten_around]
-    return [pytest.param(case, id=f"{kind}: {case.__name__}") for case in cases]
+def test_record_of_another_shape_shows_both_shapes(entry):
+    tx = abstract(entry.make(DENSE))
+    with pytest.raises(ValueError, match=r"record of w has moments of shape \(1, 1, 4\), .* \(1, 1, 3\)"):
+        dense_update(tx, tx.init(dense_params()), np.ones((2, 4)))
 
 
-@pytest.mark.parametrize("refusal", [*refusals(bnp_sgd, "scale_by_bnp"), *refusals(preconditioned, "preconditioned")])
-def test_wrappers_that_drop_the_records_end_in_an_error(refusal):
-    with pytest.raises((TypeError, ValueError), match=r"intermediates|Call find_layers on the model"):
-        refusal()
+def test_state_of_another_model_names_the_first_layer_that_differs(entry):
+    tx, x = abstract(entry.make(DENSE)), np.ones((2, 3))
+    wider = bnp.Layers((bnp.Layer.dense(("w",), (4, 2), bias=("b",)),))
+    with pytest.raises(ValueError, match=r"of w have shape \(1, 1, 4\), but the layers need \(1, 1, 3\).* restore"):
+        dense_update(tx, abstract(entry.make(wider)).init(dense_params(4)), x)
+    with pytest.raises(ValueError, match=r"moments of w have shape None, but the layers need \(1, 1, 3\)"):
+        dense_update(tx, abstract(entry.make(problem().layers)).init(problem().params), x)
+    cut = map_statistics(lambda s: dataclasses.replace(s, damping=jnp.zeros(7)), tx.init(dense_params()))
+    with pytest.raises(ValueError, match=r"The state's damping has shape \(7,\), but the layers need \(1,\)"):
+        dense_update(tx, cut, x)
+
+
+def test_a_state_of_fewer_layers_is_refused(entry):
+    p = problem()
+    fewer = abstract(entry.make(p.layers.select(lambda layer: layer.path != "Dense_1"))).init(p.params)
+    with pytest.raises(ValueError, match=r"The state's moments of Dense_1 have shape None, .* restore"):
+        update(abstract(entry.make(p.layers)), fewer, records=bnp.KEEP_STATISTICS)
+
+
+def test_what_is_no_state_is_refused_with_a_word_about_old_ones(entry):
+    tx = abstract(entry.make(DENSE))
+    tree = {"w": jnp.zeros((1, 1, 3)), "b": 0}
+    old = map_statistics(
+        lambda _: dict.fromkeys(("mean", "variance", "scale", "seen", "skipped"), tree), tx.init(dense_params())
+    )
+    with pytest.raises(TypeError, match=r"what init returned, not dict\. A state of bnp_optax from before 0\.1"):
+        dense_update(tx, old, np.ones((2, 3)))

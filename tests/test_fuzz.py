@@ -4,8 +4,6 @@ The reference computes the network from its parameters by hand (scans unrolled, 
 keeps every layer's raw inputs, and takes the paper's steps in NumPy. `--fuzz-cases` runs more.
 """
 
-import functools
-
 import chex
 import flax.linen as nn
 import jax
@@ -13,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import compiled, gradients_and_records, init, quick_jit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracles import same_padding
+from oracles import absorbed, batch_scale, bnp_step, running_decay, same_padding
 
 import bnp_optax as bnp
-
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # each runs but thrice
 
 EXAMPLES, CHANNELS = 4, 4  # few shapes, so that their operations are compiled once
 SCAN = 2
@@ -169,7 +166,7 @@ def reference_forward(network, params, x):
 
 
 class Reference:
-    """The running statistics and the paper's step, in NumPy, for one linear map after another."""
+    """The running statistics and the paper's step for one linear map after another."""
 
     def __init__(self, network, chosen):
         self.network, self.options, self.statistics, self.seen = network, chosen, {}, {}
@@ -177,27 +174,19 @@ class Reference:
     def absorb(self, inputs):
         for key, calls in inputs.items():
             rows = np.concatenate([call.reshape(-1, call.shape[-1]) for call in calls])
-            n, seen, prior = EXAMPLES, self.seen.get(key, 0), self.options["prior_examples"]
-            decay = self.options["decay"]
-            rho = decay if prior is None else min(decay, (prior + seen) / (prior + seen + n))
-            mean, variance = self.statistics.get(key, (np.zeros(rows.shape[1]), np.ones(rows.shape[1])))
-            new = rho * variance + (1 - rho) * rows.var(0)
-            if self.options["variance"] == "mixture":
-                new = new + rho * (1 - rho) * (rows.mean(0) - mean) ** 2
-            self.statistics[key] = (rho * mean + (1 - rho) * rows.mean(0), new)
-            self.seen[key] = seen + n
+            seen = self.seen.get(key, 0)
+            rho = running_decay(self.options["decay"], self.options["prior_examples"], seen, EXAMPLES)
+            start = np.zeros(rows.shape[1]), np.ones(rows.shape[1])
+            self.statistics[key] = absorbed(*self.statistics.get(key, start), rows, rho, self.options["variance"])
+            self.seen[key] = seen + EXAMPLES
 
     def step(self, key, g_w, g_b):
         """`g_w` is `[window, n, m]`, `g_b` is `[m]` or None."""
-        mean, variance = self.statistics[key]
-        moment = variance + (mean**2 if g_b is None else 0)
-        s = moment + self.options["eps_relative"] * moment.max() + self.options["eps"]
-        fan_in, n = g_w.shape[0] * g_w.shape[1], EXAMPLES
-        q2 = {12.0: max(12 / n, 1), "examples": max(fan_in / n, 1), "none": 1.0}[self.options["scaling"]]
-        if g_b is None:
-            return g_w / (q2 * s[None, :, None]), None
-        new_w = (g_w - mean[None, :, None] * g_b) / (q2 * s[None, :, None])
-        return new_w, g_b / q2 - (mean[None, :, None] * new_w).sum((0, 1))
+        matrix = g_w.reshape(-1, g_w.shape[-1])
+        q2 = batch_scale(self.options["scaling"], EXAMPLES, fan_in=len(matrix))
+        eps = self.options["eps_relative"], self.options["eps"]
+        new_w, new_b = bnp_step(*self.statistics[key], matrix, g_b, q2, eps)
+        return new_w.reshape(g_w.shape), new_b
 
     def precondition(self, gradients):
         new = jax.tree.map(lambda g: np.array(g, np.float64), gradients)
@@ -233,30 +222,26 @@ def run_case(network, chosen, rest, dtype, seed):
     network, rng = frozen(network), np.random.default_rng(seed)
     model = Net(network, dtype)
     batches = [jnp.asarray(rng.normal(1, 1, (EXAMPLES, 4, CHANNELS)), dtype) for _ in range(3)]
-    params = quick_jit(model.init)(jax.random.key(seed), batches[0])["params"]
+    params = init(model, batches[0], seed=seed)
     layers = bnp.linen.find_layers(model, batches[0])
     assert not layers.excluded
     tx, plain = (optax.chain(*first, *rest, optax.scale(-0.01)) for first in ([bnp.scale_by_bnp(layers, **chosen)], []))
 
-    @quick_jit
-    def gradients_and_records(params, x):
-        def loss_fn(params):
-            with bnp.linen.record_inputs():
-                y, recorded = model.apply({"params": params}, x, mutable=["intermediates"])
-            return jnp.sum(jnp.square(y - 0.3)) / EXAMPLES, (y, recorded["intermediates"])
+    def with_output(params, x):
+        y, records = bnp.linen.capture(model)({"params": params}, x)
+        return y, (y, records)
 
-        return jax.grad(loss_fn, has_aux=True)(params)
-
-    update = quick_jit(lambda g, s, p, r: tx.update(g, s, p, intermediates=r))
+    differentiate = quick_jit(gradients_and_records(with_output, lambda y: jnp.sum(jnp.square(y - 0.3)) / EXAMPLES))
+    tx, plain = compiled(tx), compiled(plain)
     state, plain_state = tx.init(params), plain.init(params)
     reference, expected = Reference(network, chosen), params
     for x in batches:
-        gradients, (_, records) = gradients_and_records(params, x)
-        updates, state = update(gradients, state, params, records)
+        gradients, (_, records) = differentiate(params, x)
+        updates, state = tx.update(gradients, state, params, intermediates=records)
         params = optax.apply_updates(params, updates)
         chex.assert_tree_all_finite((params, state))
 
-        gradients, (y, _) = gradients_and_records(expected, x)
+        gradients, (y, _) = differentiate(expected, x)
         output, inputs = reference_forward(network, jax.tree.map(np.float64, expected), np.float64(x))
         np.testing.assert_allclose(y, output, rtol=1e-9 if dtype is np.float64 else 1e-4, atol=1e-4)
         reference.absorb(inputs)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import assert_moments, compiled, forward, gradients_and_records, init, normal, quick_jit, squared_error
 
 import bnp_optax as bnp
 
@@ -23,16 +24,6 @@ class Net(nn.Module):
         x = nn.relu(nn.Conv(6, (2, 2), strides=2, feature_group_count=2, use_bias=False, name="grouped")(x))
         x = nn.LayerNorm()(x.reshape(x.shape[0], -1))
         return nn.Dense(3)(x)
-
-
-def normal(*shape):
-    return jnp.asarray(np.random.default_rng(0).normal(2, 3, shape), jnp.float32)
-
-
-def apply_recorded(model, params, *args, **kwargs):
-    with bnp.linen.record_inputs():
-        y, recorded = model.apply({"params": params}, *args, mutable=["intermediates"], **kwargs)
-    return y, recorded["intermediates"]
 
 
 def test_layers_have_the_layout_of_their_modules():
@@ -79,7 +70,7 @@ def test_finding_traces_another_method():
 
 def test_finding_wants_the_same_model_as_init():
     layers = bnp.linen.find_layers(Net(), jnp.ones((2, 8, 8, 2)))
-    params = Net().init(jax.random.key(0), jnp.ones((2, 8, 8, 2)))["params"]
+    params = jax.eval_shape(Net().init, jax.random.key(0), jnp.ones((2, 8, 8, 2)))["params"]
     paths = {jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in jax.tree.leaves_with_path(params)}
     described = {p.name for layer in layers.values() for p in layer.parameters}
     assert paths == described | {"/".join(other.path) for other in layers.excluded}
@@ -108,9 +99,9 @@ def test_what_cannot_be_preconditioned_is_excluded_with_the_reason():
     assert list(layers) == ["Doubling_0"]
     reasons = {"/".join(other.path): other.reason for other in layers.excluded}
     assert reasons == {
-        "gain": "Odd is not one of Flax's linear layers; linen.register makes it known if it is linear",
+        "gain": "Odd is not one of Flax's linear layers; register makes it known if it is linear",
         "Embed_0/embedding": "embedding: its rows are looked up, not multiplied by an input",
-        "Overriding_0/kernel": "Overriding overrides __call__ without calling that of nn.Dense",
+        "Overriding_0/kernel": "Overriding overrides __call__ and does not call that of Dense in this pass",
         "Conv_0/kernel": "masked kernel: its units see different inputs",
         "Conv_0/bias": "masked kernel: its units see different inputs",
         "Dense_0/kernel": "complex parameters or input",
@@ -118,30 +109,25 @@ def test_what_cannot_be_preconditioned_is_excluded_with_the_reason():
     }
 
     tokens = jnp.zeros((2, 6), int)
-    params = Odd().init(jax.random.key(0), tokens)["params"]
-    _, recorded = apply_recorded(Odd(), params, tokens)
-    embedded = (
-        np.tile(params["Embed_0"]["embedding"][:1] * params["gain"][0], (12, 1)) @ params["Overriding_0"]["kernel"]
-    )
-    np.testing.assert_allclose(recorded["Doubling_0"]["kernel_input"].mean.ravel(), 2 * embedded.mean(0), rtol=1e-5)
+    params = init(Odd(), tokens)
+    _, records = quick_jit(forward(Odd()))(params, tokens)
+    assert list(records) == ["Doubling_0"]
+    embedded = np.tile(params["Embed_0"]["embedding"][:1] * params["gain"][0], (12, 1))
+    assert_moments(records["Doubling_0"], 2 * embedded @ params["Overriding_0"]["kernel"], examples=2)
 
 
 def test_records_are_the_moments_of_the_inputs_and_change_no_output():
-    x = normal(4, 8, 8, 2)
-    variables = Net().init(jax.random.key(0), x)
-    plain, captured = Net().apply(variables, x, capture_intermediates=True, mutable=["intermediates"])
-    with bnp.linen.record_inputs():
-        y, recorded = Net().apply(variables, x, mutable=["intermediates"])
+    model, x = Net(), normal(0, 4, 8, 8, 2)
+    variables = model.init(jax.random.key(0), x)
+    plain, captured = model.apply(variables, x, capture_intermediates=True, mutable=["intermediates"])
+    y, records = bnp.linen.capture(model)(variables, x)
     chex.assert_trees_all_equal(y, plain)
     outputs = {name: value["__call__"][0] for name, value in captured["intermediates"].items() if name != "__call__"}
     inputs = {"Conv_0": x, "grouped": outputs["BatchNorm_0"], "Dense_0": outputs["LayerNorm_0"]}
-    assert set(recorded["intermediates"]) == set(inputs)
+    assert set(records) == set(inputs)
     for name, value in inputs.items():
-        record, value = recorded["intermediates"][name]["kernel_input"], np.asarray(value).reshape(-1, value.shape[-1])
-        np.testing.assert_allclose(record.mean.ravel(), value.mean(0), rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(record.variance.ravel(), value.var(0), rtol=1e-5)
-        assert record.examples == 4
-        assert record.positions == value.shape[0]
+        groups = 2 if name == "grouped" else 1
+        assert_moments(records[name], np.reshape(value, (-1, value.shape[-1])), examples=4, groups=groups)
 
 
 def test_a_layer_called_twice_pools_its_calls():
@@ -151,21 +137,11 @@ def test_a_layer_called_twice_pools_its_calls():
             dense = nn.Dense(3)
             return dense(nn.tanh(dense(x)))
 
-    x = normal(5, 3)
-    params = Twice().init(jax.random.key(0), x)["params"]
-    _, recorded = apply_recorded(Twice(), params, x)
+    x = normal(0, 5, 3)
+    params = init(Twice(), x)
+    _, records = quick_jit(forward(Twice()))(params, x)
     hidden = np.tanh(x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"][None])
-    record = recorded["Dense_0"]["kernel_input"]
-    np.testing.assert_allclose(record.mean.ravel(), np.concatenate([x, hidden]).mean(0), rtol=1e-5)
-    np.testing.assert_allclose(record.variance.ravel(), np.concatenate([x, hidden]).var(0), rtol=1e-5)
-    assert record.examples == 5
-    assert record.positions == 10
-
-
-def test_init_under_recording_records_nothing():
-    with bnp.linen.record_inputs():
-        variables = Net().init(jax.random.key(0), jnp.ones((1, 8, 8, 2)))
-    assert set(variables) == {"params", "batch_stats"}
+    assert_moments(records["Dense_0"], np.concatenate([x, hidden]), examples=5)
 
 
 def test_keyword_call_is_recorded():
@@ -175,22 +151,71 @@ def test_keyword_call_is_recorded():
             return nn.Dense(2)(inputs=x)
 
     x = jnp.ones((3, 4))
-    _, recorded = apply_recorded(Keyword(), Keyword().init(jax.random.key(0), x)["params"], x)
-    np.testing.assert_array_equal(recorded["Dense_0"]["kernel_input"].mean, 1)
+    _, records = quick_jit(forward(Keyword()))(init(Keyword(), x), x)
+    np.testing.assert_array_equal(records["Dense_0"].mean, 1)
 
 
 def test_recording_over_a_named_axis_equals_the_whole_batch():
-    x = normal(3, 4, 8, 8, 2)
+    x = normal(0, 3, 4, 8, 8, 2)
     model = nn.Sequential([nn.Conv(4, (3, 3)), nn.relu, nn.Dense(2)])
-    params = model.init(jax.random.key(0), x[0])["params"]
+    params = init(model, x[0])
 
     def shard(x):
-        with bnp.linen.record_inputs(axis_name="data"):
-            return model.apply({"params": params}, x, mutable=["intermediates"])[1]["intermediates"]
+        return bnp.linen.capture(model, axis_name="data")({"params": params}, x)[1]
 
-    sharded = jax.vmap(shard, axis_name="data", out_axes=None)(x)
-    _, whole = apply_recorded(model, params, x.reshape(12, 8, 8, 2))
+    sharded = quick_jit(jax.vmap(shard, axis_name="data", out_axes=None))(x)
+    _, whole = quick_jit(forward(model))(params, x.reshape(12, 8, 8, 2))
     chex.assert_trees_all_close(sharded, whole, rtol=1e-5)
+
+
+# What `capture` does, in three moves.
+
+
+def test_records_are_a_collection_beside_what_the_model_sows():
+    class Sowing(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = nn.Dense(3, name="dense")(x)
+            self.sow("intermediates", "hidden", y)
+            return y
+
+    x = normal(0, 5, 4)
+    variables = Sowing().init(jax.random.key(0), x)
+    with bnp.linen.record_inputs():
+        y, recorded = Sowing().apply(variables, x, mutable=["intermediates"])
+    assert_moments(recorded["intermediates"]["dense"]["kernel_input"], x, examples=5)
+    chex.assert_trees_all_equal(recorded["intermediates"]["hidden"], (y,))
+
+
+def test_recording_in_three_moves_beside_other_mutable_collections_and_over_a_named_axis():
+    x = normal(0, 3, 4, 8, 8, 2)
+    variables = quick_jit(Net().init)(jax.random.key(0), x[0])
+    mutable = ["intermediates", "batch_stats"]
+
+    def recorded(x):
+        with bnp.linen.record_inputs(axis_name="data"):
+            return Net().apply(variables, x, train=True, mutable=mutable)[1]["intermediates"]["Conv_0"]
+
+    sharded = quick_jit(jax.vmap(recorded, axis_name="data", out_axes=None))(x)
+    assert_moments(sharded["kernel_input"], np.reshape(x, (-1, 2)), examples=12)
+
+
+def test_records_as_a_tree_of_intermediates_are_taken_too():
+    model = nn.Sequential([nn.Dense(3), nn.relu, nn.Dense(2)])
+    x = normal(0, 4, 3)
+    params = init(model, x)
+    tx = compiled(bnp.scale_by_bnp(bnp.linen.find_layers(model, x)))
+    with bnp.linen.record_inputs():
+        _, recorded = model.apply({"params": params}, x, mutable=["intermediates"])
+    _, records = forward(model)(params, x)
+    actual = tx.update(params, tx.init(params), intermediates=recorded["intermediates"])
+    chex.assert_trees_all_equal(actual, tx.update(params, tx.init(params), intermediates=records))
+
+
+def test_init_under_recording_records_nothing():
+    with bnp.linen.record_inputs():
+        variables = quick_jit(Net().init)(jax.random.key(0), jnp.ones((1, 8, 8, 2)))
+    assert set(variables) == {"params", "batch_stats"}
 
 
 def test_forgotten_mutable_is_named_at_the_layer():
@@ -203,9 +228,9 @@ def test_forgotten_mutable_is_named_at_the_layer():
 
 def test_empty_batch_is_refused_at_the_layer_while_tracing():
     model = nn.Sequential([nn.Dense(3)])
-    params = model.init(jax.random.key(0), jnp.ones((2, 4)))["params"]
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((2, 4)))["params"]
     with pytest.raises(ValueError, match=r"input of layers_0 .*empty \(shape \(0, 4\)\)"):
-        jax.eval_shape(lambda x: apply_recorded(model, params, x), jnp.ones((0, 4)))
+        jax.eval_shape(forward(model), params, jnp.ones((0, 4)))
 
 
 def test_recording_ends_with_the_context_also_after_an_exception():
@@ -230,35 +255,34 @@ def test_recording_ends_with_the_context_also_after_an_exception():
 @pytest.mark.parametrize("batch_dims", [(), (3,), (2, 3)])
 def test_convolutions_of_every_form_are_found_and_recorded(options, batch_dims):
     rank = 1 if options["kernel_size"] == 3 else len(options["kernel_size"])
-    x = normal(*batch_dims, *(5,) * rank, 4)
+    x = normal(0, *batch_dims, *(5,) * rank, 4)
     model = nn.Conv(8, **options)
-    params = model.init(jax.random.key(0), x)["params"]
+    params = init(model, x)
     layers = bnp.linen.find_layers(model, x)
-    _, recorded = apply_recorded(model, params, x)
-    inputs = np.asarray(x).reshape(-1, *layers["kernel"].moments_shape[1:])
-    record = recorded["kernel_input"]
-    np.testing.assert_allclose(record.mean[0], inputs.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(record.variance[0], inputs.var(0), rtol=1e-5)
-    assert record.examples == (batch_dims[0] if batch_dims else 1)
-    assert record.positions == inputs.shape[0]
+    _, records = quick_jit(forward(model))(params, x)
+    _, groups, _ = layers["kernel"].moments_shape
+    assert_moments(records["kernel"], np.reshape(x, (-1, 4)), examples=[*batch_dims, 1][0], groups=groups)
 
 
 def test_train_state_forwards_the_records():
     model, x, y = nn.Dense(2), jnp.ones((4, 3)), jnp.zeros((4, 2))
-    params = model.init(jax.random.key(0), x)["params"]
+    params = init(model, x)
     tx = bnp.bnp_sgd(0.1, bnp.linen.find_layers(model, x))
     state = bnp.linen.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
-
-    def loss(params):
-        logits, recorded = apply_recorded(model, params, x)
-        return optax.l2_loss(logits, y).mean(), recorded
-
-    gradients, recorded = jax.grad(loss, has_aux=True)(params)
-    new = jax.jit(lambda s, g, r: s.apply_gradients(grads=g, intermediates=r))(state, gradients, recorded)
-    updates, opt_state = tx.update(gradients, tx.init(params), params, intermediates=recorded)
+    gradients, records = quick_jit(gradients_and_records(model, squared_error))(params, x, y)
+    new = quick_jit(lambda s, g, r: s.apply_gradients(grads=g, intermediates=r))(state, gradients, records)
+    updates, opt_state = tx.update(gradients, tx.init(params), params, intermediates=records)
     chex.assert_trees_all_close(new.params, optax.apply_updates(params, updates), rtol=1e-6)
     chex.assert_trees_all_close(new.opt_state, opt_state, rtol=1e-6)
     assert new.step == 1
     assert new.tx is tx
     with pytest.raises(TypeError, match="intermediates"):
         state.apply_gradients(grads=gradients)
+
+
+def test_train_state_is_captured_by_its_apply_fn():
+    model, x = nn.Dense(2), normal(0, 4, 3)
+    tx = bnp.bnp_sgd(0.1, bnp.linen.find_layers(model, x))
+    state = bnp.linen.TrainState.create(apply_fn=model.apply, params=init(model, x), tx=tx)
+    y, records = bnp.linen.capture(state.apply_fn)({"params": state.params}, x)
+    chex.assert_trees_all_equal((y, records), forward(model)(state.params, x))

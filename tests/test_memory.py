@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from helpers import cross_entropy, gradients_and_records, make_step
 
 import bnp_optax as bnp
 
@@ -54,18 +55,11 @@ def compiled_bytes(model, x, preconditioned):
     tx = optax.with_extra_args_support(tx)
     params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
 
-    def loss_fn(params, x):
-        with bnp.linen.record_inputs():  # XLA leaves out what is not used
-            logits, recorded = model.apply({"params": params}, x, mutable=["intermediates"])
-        labels = jnp.zeros(logits.shape[:-1], jnp.int32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), recorded["intermediates"]
+    def loss(logits):
+        return cross_entropy(logits, jnp.zeros(logits.shape[:-1], jnp.int32))
 
-    def train_step(params, state, x):
-        gradients, intermediates = jax.grad(loss_fn, has_aux=True)(params, x)
-        updates, state = tx.update(gradients, state, params, intermediates=intermediates)
-        return optax.apply_updates(params, updates), state
-
-    lowered = jax.jit(train_step, donate_argnums=(0, 1)).lower(params, jax.eval_shape(tx.init, params), x)
+    step = make_step(tx, gradients_and_records(model, loss))  # XLA leaves out what is not used
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, jax.eval_shape(tx.init, params), x)
     memory = lowered.compile().memory_analysis()
     return (
         memory.argument_size_in_bytes

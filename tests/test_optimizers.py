@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from helpers import muon_dimensions, with_statistics
+from helpers import forward, init, muon_dimensions, normal, quick_jit, with_statistics
 
 import bnp_optax as bnp
 
@@ -34,23 +34,25 @@ class Net(nn.Module):
         return nn.Dense(3, param_dtype=float, name="out")(x)
 
 
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(0.5, 1, shape))
-
-
 def moment(path):
     return VARIANCES[path] + (MEANS[path] ** 2 if path == "hidden" else 0)
 
 
 with jax.enable_x64(True):
-    X, Y = normal(0, 6, 3, 3, 2), normal(1, 6, 3)
-    PARAMS = Net().init(jax.random.key(0), X)["params"]
-    LAYERS = bnp.linen.find_layers(Net(), X)
-    # frozen statistics, as if they had been estimated
-    MEANS = {path: normal(k, layer.moments_shape[2]) for k, (path, layer) in enumerate(LAYERS.items())}
-    VARIANCES = {path: jnp.exp(normal(k, layer.moments_shape[2])) for k, (path, layer) in enumerate(LAYERS.items(), 10)}
-    DAMPING = {path: EPS[0] * moment(path).max() + EPS[1] for path in LAYERS}
-    SD = {path: jnp.sqrt(moment(path) + DAMPING[path]) for path in LAYERS}
+    X, Y = (normal(seed, *shape, mean=0.5, deviation=1) for seed, shape in enumerate(((6, 3, 3, 2), (6, 3))))
+    PARAMS, LAYERS = init(Net(), X), bnp.linen.find_layers(Net(), X)
+
+# frozen statistics, as if they had been estimated
+MEANS, LOG_VARIANCES = (
+    {
+        path: np.random.default_rng(first + k).normal(0.5, 1, layer.moments_shape[2])
+        for k, (path, layer) in enumerate(LAYERS.items())
+    }
+    for first in (0, 10)
+)
+VARIANCES = {path: np.exp(logarithm) for path, logarithm in LOG_VARIANCES.items()}
+DAMPING = {path: EPS[0] * moment(path).max() + EPS[1] for path in LAYERS}
+SD = {path: np.sqrt(moment(path) + DAMPING[path]) for path in LAYERS}
 
 
 def mse(prediction):
@@ -227,7 +229,7 @@ def optimizer(name, **options):
     """Returns an optimizer whose step is compiled, once for all variables it is used in."""
     make = (INSIDE | KEEPS_PARAMETERS | {"sophia": sophia})[name]
     inner = optax.with_extra_args_support(make(**options))
-    return optax.GradientTransformationExtraArgs(inner.init, jax.jit(inner.update))
+    return optax.GradientTransformationExtraArgs(inner.init, quick_jit(inner.update))
 
 
 def without_keys(state):
@@ -239,7 +241,7 @@ def without_keys(state):
     return jax.tree.map(numbers, state)
 
 
-VALUE_AND_GRADIENTS, VALUE_AND_GRADIENTS_IN_Z = (jax.jit(jax.value_and_grad(f)) for f in (loss, loss_in_z))
+VALUE_AND_GRADIENTS, VALUE_AND_GRADIENTS_IN_Z = (quick_jit(jax.value_and_grad(f)) for f in (loss, loss_in_z))
 
 
 @pytest.mark.parametrize("name", [*INSIDE, *KEEPS_PARAMETERS, "sophia"])
@@ -286,16 +288,17 @@ def test_what_belongs_outside_keeps_something_of_earlier_parameters(name):
     assert memory_of_parameters(optimizer(name)) > 1e-7
 
 
-RECORDS = []
-with bnp.linen.record_inputs(), jax.enable_x64(True):
-    for shift in (0, 10):
-        RECORDS.append(Net().apply({"params": PARAMS}, X + shift, mutable=["intermediates"])[1]["intermediates"])
+@functools.cache
+def two_records():
+    """Of two batches whose moments differ."""
+    record = quick_jit(lambda x: forward(Net())(PARAMS, x)[1])
+    return [record(X + shift) for shift in (0, 10)]
 
 
 def movement_of_zero_gradients(tx):
     """How far the parameters go where the gradient is zero, and the statistics move."""
     params, state = PARAMS, tx.init(PARAMS)
-    for records in RECORDS:
+    for records in two_records():
         zeros = optax.tree.zeros_like(PARAMS)
         updates, state = tx.update(zeros, state, params, intermediates=records, value=jnp.zeros(()))
         params = optax.apply_updates(params, updates)
@@ -334,7 +337,7 @@ def test_what_takes_other_arguments_is_refused():
         lookahead.init(optax.LookaheadParams.init_synced(PARAMS))
     private = bnp.preconditioned(CONTRIB.dpsgd(0.1, l2_norm_clip=1.0, noise_multiplier=0.0, seed=0), LAYERS)
     with pytest.raises(ValueError, match=r"conv/kernel with shape \(2, 2, 2, 3\), but it has shape \(6, 2, 2, 2, 3\)"):
-        private.update(of_examples, private.init(PARAMS), PARAMS, intermediates=RECORDS[0])
+        private.update(of_examples, private.init(PARAMS), PARAMS, intermediates=two_records()[0])
     second_order = bnp.preconditioned(CONTRIB.sophia(0.1), LAYERS)
     with pytest.raises(ValueError, match="obj_fn must be provided"):
-        second_order.update(zeros, second_order.init(PARAMS), PARAMS, intermediates=RECORDS[0])
+        second_order.update(zeros, second_order.init(PARAMS), PARAMS, intermediates=two_records()[0])

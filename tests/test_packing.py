@@ -1,11 +1,13 @@
 """The numbers of all layers in a few vectors, against loops over the layers, in float64."""
 
+import functools
 import itertools
 import math
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,25 +66,34 @@ def test_neighbours_of_equal_shape_are_one_block(shapes):
         assert block.shape[0] == sum(shape[0] for shape in shapes if shape[1:] == block.shape[1:])
 
 
+@functools.partial(quick_jit, static_argnums=0)
+def repeated_and_reduced(packing, of_entries, of_rows, of_inputs):
+    repeated = packing.entries_to_rows(of_entries), packing.rows_to_inputs(of_rows)
+    reductions = (jnp.max, jnp.sum)
+    return (
+        repeated,
+        [packing.over_inputs(reduction, of_inputs) for reduction in reductions],
+        [packing.over_groups(reduction, of_rows) for reduction in reductions],
+    )
+
+
 @settings(max_examples=10)
 @given(shapes, seeds)
 def test_repetitions_and_reductions_are_loops(shapes, seed):
     packing, rng = Packing.of(layers_of(shapes)), np.random.default_rng(seed)
     entries, rows, inputs = by_loop(packing)
-    of_entries, of_rows, of_inputs = (
-        dict(zip(index, rng.normal(size=len(index)), strict=True)) for index in (entries, rows, inputs)
-    )
+    numbers = [dict(zip(index, rng.normal(size=len(index)), strict=True)) for index in (entries, rows, inputs)]
+    of_entries, of_rows, of_inputs = numbers
+    vectors = [np.array(list(of_index.values())) for of_index in numbers]
+    (to_rows, to_inputs), over_inputs, over_groups = repeated_and_reduced(packing, *vectors)
 
-    def vector(numbers):
-        return jnp.asarray(list(numbers.values()))
-
-    np.testing.assert_array_equal(packing.entries_to_rows(vector(of_entries)), [of_entries[row[:2]] for row in rows])
-    np.testing.assert_array_equal(packing.rows_to_inputs(vector(of_rows)), [of_rows[index[:3]] for index in inputs])
-    for reduction, expected in ((jnp.max, max), (jnp.sum, sum)):
-        over_inputs = [expected(x for index, x in of_inputs.items() if index[:3] == row) for row in rows]
-        np.testing.assert_allclose(packing.over_inputs(reduction, vector(of_inputs)), over_inputs, rtol=1e-12)
-        over_groups = [expected(x for index, x in of_rows.items() if index[:2] == entry) for entry in entries]
-        np.testing.assert_allclose(packing.over_groups(reduction, vector(of_rows)), over_groups, rtol=1e-12)
+    np.testing.assert_array_equal(to_rows, [of_entries[row[:2]] for row in rows])
+    np.testing.assert_array_equal(to_inputs, [of_rows[index[:3]] for index in inputs])
+    for k, reduction in enumerate((max, sum)):
+        expected = [reduction(x for index, x in of_inputs.items() if index[:3] == row) for row in rows]
+        np.testing.assert_allclose(over_inputs[k], expected, rtol=1e-12)
+        expected = [reduction(x for index, x in of_rows.items() if index[:2] == entry) for entry in entries]
+        np.testing.assert_allclose(over_groups[k], expected, rtol=1e-12)
 
 
 @given(shapes)
@@ -100,21 +111,26 @@ def test_what_is_packed_is_read_by_layer(shapes, seed):
     packing = Packing.of(layers)
 
     def numbers(shape):
-        return jnp.asarray(rng.normal(size=shape))
+        return rng.normal(size=shape)
 
     records = {
         layer.path: bnp.InputMoments(*(numbers(shape) for shape in (moments, moments, moments[:1], moments[:1])))
         for layer, moments in zip(layers, shapes, strict=True)
         if rng.random() < 0.8
     }
-    packed = packing.pack(records, jnp.float64)
+
+    @quick_jit
+    def packed_and_read(records, damping):
+        packed = packing.pack(records, np.float64)
+        counts = packed.examples, packed.positions, packed.examples
+        statistics = bnp.Statistics(packing, packed.mean, packed.variance, damping, *counts)
+        return statistics, {path: statistics[path] for path in statistics}
+
     damping = numbers(packing.size[1])
-    statistics = bnp.Statistics(
-        packing, packed.mean, packed.variance, damping, packed.examples, packed.positions, packed.examples
-    )
+    statistics, by_layer = packed_and_read(records, damping)
     assert set(statistics) == set(packing.places)
     for layer, (stack, group, size) in zip(layers, shapes, strict=True):
-        read, record = statistics[layer.path], records.get(layer.path)
+        read, record = by_layer[layer.path], records.get(layer.path)
         for actual, field in ((read.mean, "mean"), (read.variance, "variance")):
             assert actual.shape == (stack, group, size)
             np.testing.assert_array_equal(actual, getattr(record, field, np.zeros(actual.shape)))

@@ -1,5 +1,7 @@
 """What holds over whole trainings: change of variables, invariance, accumulation, small batches, the Hessian."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -7,7 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import with_statistics
+from helpers import (
+    assert_same,
+    forward,
+    gradients_and_records,
+    init,
+    make_step,
+    map_statistics,
+    normal,
+    quick_jit,
+    squared_error,
+    with_statistics,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import preconditioner
@@ -38,134 +51,133 @@ class ConvNet(nn.Module):
         return nn.Dense(2, param_dtype=float)(x.reshape(x.shape[0], -1))
 
 
-def apply_recorded(model, params, x):
-    with bnp.linen.record_inputs():
-        y, recorded = model.apply({"params": params}, x, mutable=["intermediates"])
-    return y, recorded["intermediates"]
-
-
-def gradients_and_records(model, params, x, y):
-    def loss_fn(params):
-        prediction, recorded = apply_recorded(model, params, x)
-        return jnp.mean(jnp.sum(jnp.square(prediction - y), axis=-1)), recorded
-
-    return jax.grad(loss_fn, has_aux=True)(params)
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(1, 2, shape))
-
-
-@settings(max_examples=10)
-@given(st.integers(2, 12), st.integers(1, 5), st.integers(1, 4), seeds)
-def test_a_step_is_a_plain_gradient_step_in_the_normalized_variables(examples, n, m, seed):
-    """`a = z_w . (h - mu) / sd + z_b` with frozen statistics, mapped back through P."""
-    h, target, mu = normal(seed, examples, n), normal(seed + 1, examples, m), normal(seed + 2, 1, n)
-    sd = jnp.exp(normal(seed + 3, 1, n) / 4)
-    w, b = normal(seed + 4, n, m), normal(seed + 5, 1, m)
+@quick_jit
+def steps_in_both_variables(h, target, mu, sd, z):
+    """Kernel and bias after a gradient step in z, mapped back, and after one of `bnp_sgd` with these statistics."""
 
     def loss(a):
         return jnp.mean(jnp.sum(jnp.tanh(a - target), axis=-1))
 
-    def loss_in_z(z):
-        return loss(((h - mu) / sd) @ z["w"] + z["b"])
+    def in_w(z):
+        return {"w": z["w"] / sd.T, "b": (z["b"] - (mu / sd) @ z["w"]).ravel()}
 
-    z = {"w": w * sd.T, "b": b + mu @ w}
-    z = jax.tree.map(lambda z, g: z - 0.1 * g, z, jax.grad(loss_in_z)(z))
-    expected = {"w": z["w"] / sd.T, "b": z["b"] - (mu / sd) @ z["w"]}
+    gradient = jax.grad(lambda z: loss(((h - mu) / sd) @ z["w"] + z["b"]))(z)
+    expected = in_w(jax.tree.map(lambda z, g: z - 0.1 * g, z, gradient))
 
-    params = {"w": w, "b": b.ravel()}
-    tx = bnp.bnp_sgd(0.1, bnp.Layers((bnp.Layer.dense(("w",), (n, m), bias=("b",)),)), **EXACT)
-    state = tx.init(params)
-    frozen = with_statistics(state[0], "w", mean=mu, variance=jnp.square(sd), damping=0)
+    params = in_w(z)
+    tx = bnp.bnp_sgd(0.1, bnp.Layers((bnp.Layer.dense(("w",), params["w"].shape, bias=("b",)),)), **EXACT)
+    frozen = {"mean": mu, "variance": jnp.square(sd), "damping": 0}
+    state = map_statistics(lambda statistics: with_statistics(statistics, "w", **frozen), tx.init(params))
     gradients = jax.grad(lambda p: loss(h @ p["w"] + p["b"][None]))(params)
-    updates, _ = tx.update(gradients, (frozen, *state[1:]), params, intermediates=bnp.KEEP_STATISTICS)
-    new = optax.apply_updates(params, updates)
-    np.testing.assert_allclose(new["w"], expected["w"], rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(new["b"], expected["b"].ravel(), rtol=1e-9, atol=1e-9)
+    updates, _ = tx.update(gradients, state, params, intermediates=bnp.KEEP_STATISTICS)
+    return expected, optax.apply_updates(params, updates)
 
 
-def outputs_along_training(tx, params, state, x, y, steps=8):
-    @jax.jit
-    def train_step(params, state):
-        gradients, records = gradients_and_records(MLP(), params, x, y)
-        if isinstance(state[0], bnp.Statistics):
-            updates, state = tx.update(gradients, state, params, intermediates=records)
-        else:
-            updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
+@pytest.mark.parametrize(("examples", "n", "m"), [(2, 1, 1), (2, 5, 4), (7, 3, 1), (12, 1, 4), (12, 5, 4)])
+def test_a_step_is_a_plain_gradient_step_in_the_normalized_variables(examples, n, m):
+    """`a = z_w . (h - mu) / sd + z_b` with frozen statistics, mapped back through P."""
 
-    outputs = []
-    for _ in range(steps):
-        params, state = train_step(params, state)
-        outputs.append(MLP().apply({"params": params}, x))
-    return jnp.stack(outputs)
+    @settings(max_examples=5)
+    @given(seeds)
+    def run(seed):
+        h, target, mu = normal(seed, examples, n), normal(seed + 1, examples, m), normal(seed + 2, 1, n)
+        z = {"w": normal(seed + 4, n, m), "b": normal(seed + 5, 1, m)}
+        expected, actual = steps_in_both_variables(h, target, mu, np.exp(normal(seed + 3, 1, n) / 4), z)
+        assert_same(actual, expected)
+
+    run()
 
 
-@settings(max_examples=8)
-@given(st.sampled_from([0.0, 0.9]), seeds)
+def outputs_along_training(tx, starts, steps=8):
+    """The model's outputs after each step, for each start: parameters, state, input, target."""
+    step = make_step(tx, gradients_and_records(MLP(), squared_error))
+
+    @quick_jit
+    def step_and_output(params, state, x, y):
+        params, state = step(params, state, x, y)
+        return params, state, forward(MLP())(params, x)[0]
+
+    trajectories = []
+    for params, state, x, y in starts:
+        outputs = []
+        for _ in range(steps):
+            params, state, output = step_and_output(params, state, x, y)
+            outputs.append(output)
+        trajectories.append(np.stack(outputs))
+    return trajectories
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+@pytest.mark.parametrize("seed", range(4))
 def test_trajectory_is_invariant_to_scaling_and_shifting_the_inputs(decay, seed):
     """Under decay 0.9 the start of the running statistics is transformed alike."""
     x, y = normal(seed, 12, 3), normal(seed + 1, 12, 2)
-    scale, shift = jnp.exp(normal(seed + 2, 1, 3)), 5 * normal(seed + 3, 1, 3)
-    params = MLP().init(jax.random.key(seed), x)["params"]
+    scale, shift = np.exp(normal(seed + 2, 1, 3)), 5 * normal(seed + 3, 1, 3)
+    params = init(MLP(), x, seed=seed)
     first = params["Dense_0"]
     kernel = first["kernel"] / scale.T
     transformed = {**params, "Dense_0": {"kernel": kernel, "bias": first["bias"] - (shift @ kernel).ravel()}}
     transformed_x = scale * x + shift
 
     tx = bnp.bnp_sgd(0.05, bnp.linen.find_layers(MLP(), x), decay=decay, prior_examples=None, **EXACT)
-    state, transformed_state = tx.init(params), tx.init(transformed)
-    start = with_statistics(transformed_state[0], "Dense_0", mean=shift, variance=jnp.square(scale))
-    transformed_state = (start, *transformed_state[1:])
-
-    plain = outputs_along_training(tx, params, state, x, y)
-    same = outputs_along_training(tx, transformed, transformed_state, transformed_x, y)
+    state = quick_jit(tx.init)(params)
+    transformed_state = map_statistics(
+        lambda statistics: with_statistics(statistics, "Dense_0", mean=shift, variance=np.square(scale)), state
+    )
+    plain, same = outputs_along_training(
+        tx, [(params, state, x, y), (transformed, transformed_state, transformed_x, y)]
+    )
     np.testing.assert_allclose(same, plain, rtol=1e-6, atol=1e-6)
     assert np.abs(plain[-1] - plain[0]).max() > 1e-2
 
-    sgd = optax.sgd(0.05)
-    sgd_plain = outputs_along_training(sgd, params, sgd.init(params), x, y, steps=1)
-    sgd_transformed = outputs_along_training(sgd, transformed, sgd.init(transformed), transformed_x, y, steps=1)
-    assert not np.allclose(sgd_plain, sgd_transformed, rtol=1e-3)
+    sgd = optax.with_extra_args_support(optax.sgd(0.05))
+    starts = [(params, sgd.init(params), x, y), (transformed, sgd.init(transformed), transformed_x, y)]
+    assert not np.allclose(*outputs_along_training(sgd, starts, steps=1), rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def conv_net():
+    """Parameters, a batch, a function that updates from gradients and records, and what it makes of the whole batch."""
+    model, x, y = ConvNet(), normal(0, 8, 5, 5, 2), normal(1, 8, 2)
+    params, tx = init(model, x), bnp.scale_by_bnp(bnp.linen.find_layers(model, x), scaling=6)
+
+    def update(params, gradients_and_records):
+        gradients, records = gradients_and_records
+        return tx.update(gradients, tx.init(params), intermediates=records)
+
+    differentiate = gradients_and_records(model, squared_error)
+    whole = quick_jit(lambda params, x, y: update(params, differentiate(params, x, y)))(params, x, y)
+    assert whole[1]["Conv_1"].seen == 8
+    return params, (x, y), update, whole
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_accumulated_micro_batches_equal_one_batch(parts):
-    x, y = normal(0, 8, 5, 5, 2), normal(1, 8, 2)
-    model = ConvNet()
-    params = model.init(jax.random.key(0), x)["params"]
-    tx = bnp.scale_by_bnp(bnp.linen.find_layers(model, x), scaling=6)
+def test_accumulated_micro_batches_equal_one_batch(parts, conv_net):
+    params, batch, update, whole = conv_net
+    differentiate = gradients_and_records(ConvNet(), squared_error)
 
-    def micro_batch(total, batch):
-        gradients, records = gradients_and_records(model, params, *batch)
-        return jax.tree.map(lambda t, g: t + g / parts, total, gradients), records
+    @quick_jit
+    def accumulated(params, batch):
+        def micro_batch(total, batch):
+            gradients, records = differentiate(params, *batch)
+            return jax.tree.map(lambda t, g: t + g / parts, total, gradients), records
 
-    batches = jax.tree.map(lambda a: a.reshape(parts, 8 // parts, *a.shape[1:]), (x, y))
-    gradients, records = jax.lax.scan(micro_batch, optax.tree.zeros_like(params), batches)
-    accumulated = tx.update(gradients, tx.init(params), intermediates=records)
+        batches = jax.tree.map(lambda a: a.reshape(parts, 8 // parts, *a.shape[1:]), batch)
+        return update(params, jax.lax.scan(micro_batch, optax.tree.zeros_like(params), batches))
 
-    gradients, records = gradients_and_records(model, params, x, y)
-    whole = tx.update(gradients, tx.init(params), intermediates=records)
-    chex.assert_trees_all_close(accumulated, whole, rtol=1e-9, atol=1e-12)
-    assert whole[1]["Conv_1"].seen == 8
+    chex.assert_trees_all_close(accumulated(params, batch), whole, rtol=1e-9, atol=1e-12)
 
 
-def test_a_model_mapped_over_examples_equals_the_batched_one():
-    x, y = normal(0, 8, 5, 5, 2), normal(1, 8, 2)
-    model = ConvNet()
-    params = model.init(jax.random.key(0), x)["params"]
+def test_a_model_mapped_over_examples_equals_the_batched_one(conv_net):
+    params, batch, update, whole = conv_net
 
-    def loss_fn(params):
-        predictions, recorded = jax.vmap(lambda one: apply_recorded(model, params, one[None]))(x)
-        return jnp.mean(jnp.sum(jnp.square(predictions[:, 0] - y), axis=-1)), recorded
+    def run(params, x):
+        predictions, records = jax.vmap(lambda one: forward(ConvNet())(params, one[None]))(x)
+        return predictions[:, 0], records
 
-    tx = bnp.scale_by_bnp(bnp.linen.find_layers(model, x))
-    gradients, records = jax.grad(loss_fn, has_aux=True)(params)
-    mapped = tx.update(gradients, tx.init(params), intermediates=records)
-    gradients, records = gradients_and_records(model, params, x, y)
-    batched = tx.update(gradients, tx.init(params), intermediates=records)
-    chex.assert_trees_all_close(mapped, batched, rtol=1e-9, atol=1e-12)
+    mapped = gradients_and_records(run, squared_error)
+    actual = quick_jit(lambda params, x, y: update(params, mapped(params, x, y)))(params, *batch)
+    chex.assert_trees_all_close(actual, whole, rtol=1e-9, atol=1e-12)
 
 
 def train_online(variance, prior_examples):
@@ -181,10 +193,11 @@ def train_online(variance, prior_examples):
         params, state = carry
         x, y = batch
         loss, gradients = jax.value_and_grad(lambda p: jnp.mean(jnp.square(x @ p["w"] + p["b"][None] - y)))(params)
-        updates, state = tx.update(gradients, state, params, intermediates={"w_input": bnp.input_moments(x)})
+        updates, state = tx.update(gradients, state, params, intermediates={"w": bnp.input_moments(x)})
         return (optax.apply_updates(params, updates), state), loss
 
-    (_, state), losses = jax.lax.scan(step, (params, tx.init(params)), (xs, ys))
+    run = quick_jit(functools.partial(jax.lax.scan, step))
+    (_, state), losses = run((params, tx.init(params)), (xs, ys))
     return state[0]["w"].variance.ravel(), losses
 
 
@@ -218,7 +231,7 @@ def test_hessian_of_a_layer_is_better_conditioned_after_the_change_of_variables(
     x = jnp.asarray(rng.normal(size=(200, 4)) * [0.1, 1, 3, 10] + rng.normal(0, 10, 4))
     labels = jnp.asarray(rng.integers(0, 2, 200))
     hidden, out = nn.Dense(3, param_dtype=float), nn.Dense(2, param_dtype=float)
-    out_params = out.init(jax.random.key(seed), jnp.ones((1, 3)))["params"]
+    out_params = init(out, jnp.ones((1, 3)), seed=seed)
     record = bnp.input_moments(x)
     sd = np.sqrt(record.variance.ravel())
     # weights that keep the units out of saturation, whatever the inputs' scale
@@ -230,6 +243,6 @@ def test_hessian_of_a_layer_is_better_conditioned_after_the_change_of_variables(
         logits = out.apply({"params": out_params}, h)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    hessian = np.asarray(jax.hessian(loss)(stacked)).reshape(15, 15)
+    hessian = np.asarray(quick_jit(jax.hessian(loss))(stacked)).reshape(15, 15)
     p = np.kron(preconditioner(record.mean.ravel(), record.variance.ravel(), 1.0), np.eye(3))
     assert condition_number(p.T @ hessian @ p) < 1e-2 * condition_number(hessian)

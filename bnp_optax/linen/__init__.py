@@ -1,9 +1,8 @@
 """Flax Linen: find the linear layers of a model, and record their inputs.
 
 The layers of a model are found once, by tracing it abstractly (:func:`find_layers`); their inputs
-are recorded in each forward pass under :func:`record_inputs`, already reduced to moments, in the
-collection ``"intermediates"``. Both watch the calls of Flax's linear layers, and those that a
-layer of the user's own reports by :func:`record`.
+are recorded in each forward pass by :func:`capture`, already reduced to moments. Both watch the calls
+of Flax's linear layers, and those that a layer of the user's own makes known by :func:`register`.
 """
 
 from bnp_optax.linen.calls import register

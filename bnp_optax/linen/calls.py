@@ -2,28 +2,21 @@
 
 import contextlib
 import inspect
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax.linen.module import InterceptorContext
-from flax.linen.recurrent import DenseParams
 
-from bnp_optax import layouts as kinds
-from bnp_optax.layouts import Kind
+from bnp_optax.layouts import LAYERS, Product, products, reason_to_exclude, registered
 
 
 class Observer(Protocol):
     """What happens at the calls of modules."""
 
-    def enter(self, module: nn.Module) -> None:
-        """Called before a call of any module."""
-
-    def see_layer(self, module: nn.Module, kernel: str, bias: str | None, kind: Kind, x: jax.Array) -> None:
-        """Called after a call of a linear layer, with the names of its kernel and bias, and its input."""
+    def see(self, module: nn.Module, product: Product) -> None:
+        """Called after a call of a linear layer."""
 
     def leave(self, module: nn.Module, reason: str) -> None:
         """Called after a call of any module, with the reason why its parameters are excluded unless it is seen."""
@@ -40,20 +33,21 @@ def observe(observer: Observer) -> Iterator[None]:
 
     def interceptor(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext) -> Any:
         module = context.module
-        observer.enter(module)
         running.append(module)
         try:
             result = next_fun(*args, **kwargs)
         finally:
             running.pop()
-        refusal = _refusal(module, running)
-        make_kind = _KINDS.get(_class_called(context))
-        if make_kind is not None and refusal is None:
-            x, *rest = args if args else (kwargs["inputs"],)
-            options = {name: value for name, value in kwargs.items() if name != "inputs"}
-            if (kind := make_kind(module, _shape(module, "kernel"), x, *rest, **options)) is not None:
-                observer.see_layer(module, "kernel", "bias" if module.has_variable("params", "bias") else None, kind, x)
-        observer.leave(module, refusal or _reason_to_exclude(module))
+        if (cls := _class_called(context)) is not None:
+            bound = inspect.signature(cls.__call__).bind(module, *args, **kwargs)
+            bound.apply_defaults()
+            _, *arguments = bound.args
+            for product in products(cls, module, parameters(module), *arguments):
+                if wrappers := [m for m in running if isinstance(m, nn.WeightNorm | nn.SpectralNorm)]:
+                    reason = f"its kernel is normalized by {type(wrappers[-1]).__name__}"
+                    product = product._replace(layout=reason)
+                observer.see(module, product)
+        observer.leave(module, reason_to_exclude(module))
         return result
 
     with _observer(observer), nn.intercept_methods(interceptor):
@@ -73,7 +67,7 @@ def register(
 ) -> None:
     """Makes a linear layer of your own known; call it in the layer's ``__call__``, once its parameters exist.
 
-    Under ``find_layers`` it describes the layer, under ``record_inputs`` it records its input, and
+    Under ``find_layers`` it describes the layer, under ``capture`` it records its input, and
     elsewhere it does nothing.
 
     Args:
@@ -110,94 +104,22 @@ def register(
       <BLANKLINE>
       1 layer covers 128 of 128 parameters (100.0%).
     """
-    observer: Observer | None = _observer.value
-    if observer is None:
-        return
-    kernel_shape = _shape(module, kernel)
-    bias_shape = () if bias is None else _shape(module, bias)
-    for name, shape, roles in ((kernel, kernel_shape, kernel_roles), (bias, bias_shape, bias_roles)):
-        if name is not None and len(shape) != len(roles):
-            where = "/".join((*module.path, name))
-            raise ValueError(f"{where} has shape {shape}, but {len(roles)} roles {roles!r}: give one a axis.")
-    kind = Kind(
-        kernel=(kernel_shape, kernel_roles),
-        bias=(bias_shape, bias_roles),
-        input_axes=input_axes,
-        stack_axes=stack_axes,
-        groups=math.prod(size for size, role in zip(kernel_shape, kernel_roles, strict=True) if role == "g"),
-    )
-    observer.see_layer(module, kernel, bias, kind, x)
+    if (observer := _observer.value) is not None:
+        where, own = "/".join(module.path) or type(module).__name__, parameters(module)
+        product = registered(where, own, x, kernel, bias, kernel_roles, bias_roles, input_axes, stack_axes)
+        observer.see(module, product)
 
 
-def _einsum(module: nn.Einsum, kernel: tuple[int, ...], x: jax.Array, einsum_str: str | None = None) -> Kind | None:
-    return kinds.einsum(module.einsum_str if module.einsum_str is not None else str(einsum_str), kernel)
+def parameters(module: nn.Module) -> dict[str, jax.Array]:
+    """Returns the parameters of a module by name, as they are inside the transforms around it."""
+    own = module.variables.get("params", {})
+    return {name: nn.unbox(value) for name, value in own.items() if not isinstance(value, Mapping)}
 
 
-def _conv_local(module: nn.ConvLocal, kernel: tuple[int, ...], x: jax.Array) -> Kind:
-    window = module.kernel_size
-    return kinds.conv_local(kernel, (window,) if isinstance(window, int) else tuple(window))
-
-
-# From a layer's class to its kind: a function of the module, its kernel's shape and its arguments.
-_KINDS: dict[type[nn.Module], Callable[..., Kind | None]] = {
-    nn.Dense: lambda module, kernel, x: kinds.dense(kernel),
-    nn.DenseGeneral: lambda module, kernel, x: kinds.dense_general(kernel, module.axis, module.batch_dims, x.ndim),
-    nn.Einsum: _einsum,
-    nn.Conv: lambda module, kernel, x: kinds.conv(kernel, module.feature_group_count),
-    nn.ConvLocal: _conv_local,
-    nn.ConvTranspose: lambda module, kernel, x: kinds.conv_transpose(kernel, module.transpose_kernel),
-    DenseParams: lambda module, kernel, x: kinds.dense(kernel),  # holds the parameters of OptimizedLSTMCell
-}
-
-_NORMALIZATIONS = (
-    nn.BatchNorm,
-    nn.GroupNorm,
-    nn.InstanceNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.SpectralNorm,
-    nn.WeightNorm,
-)
-
-
-def _class_called(context: InterceptorContext) -> type[nn.Module]:
-    """Returns the class whose own `__call__` is running, of those that are linear layers; else `nn.Module`."""
+def _class_called(context: InterceptorContext) -> type[nn.Module] | None:
+    """Returns the class in the table whose own `__call__` has run, not one that only inherits or overrides it."""
     method = getattr(context.orig_method, "func", None)
-    for cls in _KINDS:
+    for cls in LAYERS:
         if isinstance(context.module, cls) and method is inspect.unwrap(cls.__call__):
             return cls
-    return nn.Module
-
-
-def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
-    """Returns the shape of a parameter inside the transforms around its module."""
-    if not module.has_variable("params", name):
-        where = "/".join(module.path) or type(module).__name__
-        raise ValueError(f"{where} has no parameter {name!r}. Call register after self.param, with its name.")
-    shape: tuple[int, ...] = nn.unbox(module.get_variable("params", name)).shape
-    return shape
-
-
-def _refusal(module: nn.Module, around: list[nn.Module]) -> str | None:
-    """Says why a linear layer cannot be preconditioned all the same, if so."""
-    if getattr(module, "mask", None) is not None:
-        return kinds.MASKED
-    if jnp.issubdtype(getattr(module, "param_dtype", jnp.float32), jnp.complexfloating):
-        return kinds.COMPLEX
-    if wrappers := [m for m in around if isinstance(m, nn.WeightNorm | nn.SpectralNorm)]:
-        return f"its kernel is normalized by {type(wrappers[-1]).__name__}"
     return None
-
-
-def _reason_to_exclude(module: nn.Module) -> str:
-    name = type(module).__name__
-    if isinstance(module, nn.Embed):
-        return kinds.EMBEDDING
-    if isinstance(module, _NORMALIZATIONS):
-        return kinds.NORMALIZATION
-    if isinstance(module, nn.Einsum):
-        return kinds.NO_CONTRACTION
-    for cls in _KINDS:
-        if isinstance(module, cls):
-            return f"{name} overrides __call__ without calling that of nn.{cls.__name__}"
-    return f"{name} is not one of Flax's linear layers; linen.register makes it known if it is linear"

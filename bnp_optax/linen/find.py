@@ -1,18 +1,23 @@
 """Find the linear layers of a Linen model."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 
-from bnp_optax import layouts as kinds
-from bnp_optax.layers import Excluded, Layer, Layers, Parameter, Path, layer_name
-from bnp_optax.layouts import Kind
-from bnp_optax.linen.calls import observe
-from bnp_optax.linen.lifts import AxisLog, Logged
+from bnp_optax import tracing
+from bnp_optax.layers import Layers
+from bnp_optax.layouts import Product
+from bnp_optax.linen.calls import observe, parameters
 from bnp_optax.records import record_key
+from bnp_optax.tracing import Call, Log, Traced, Watch
+from bnp_optax.trees import as_path
+
+_REMEDY = "Add 'intermediates': 0 to the variable_axes of nn.scan, nn.vmap and nn.RNN"
+_NOT_RECORDED = "inside a transform without 'intermediates': 0 in its variable_axes"
 
 
 def find_layers(
@@ -61,121 +66,83 @@ def find_layers(
       <BLANKLINE>
       2 layers cover 21 of 27 parameters (77.8%).
     """
-    finder = _Finder()
-    try:
-        with observe(finder):
-            variables = _abstract_init(model, rngs, method, args, kwargs)
-    except Exception as error:
-        _abstract_init(model, rngs, method, args, kwargs)  # raises what is not due to the search
-        raise ValueError(
-            f"The inputs of this model cannot be recorded: {error} Is one of {', '.join(map('/'.join, finder.calls))} "
-            "called both inside and outside of a transform that adds an axis (nn.scan, nn.vmap)? Its records would "
-            "have different shapes."
-        ) from error
+    init, arrays = _make_init(model, rngs, method, args, kwargs)
+    params = jax.eval_shape(init, {}, arrays).get("params", {})
+    shapes = {as_path(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(nn.unbox(params))}
+    log = Log()
 
-    layers, reasons = [], finder.reasons
-    for call in finder.calls.values():
-        layer = _describe(call, finder.log, variables)
-        if isinstance(layer, Layer):
-            layers.append(layer)
-        else:
-            reasons |= {parameter.path: layer for parameter in (call.kernel, call.bias) if parameter is not None}
-    covered = {parameter.path for layer in layers for parameter in layer.parameters}
-    excluded = []
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(nn.unbox(variables.get("params", {}))):
-        path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
-        if path not in covered:
-            owner = max((known for known in reasons if path[: len(known)] == known), key=len)
-            excluded.append(Excluded(path, leaf.shape, reasons[owner]))
-    return Layers(tuple(layers), tuple(excluded))
+    def trace(watch: Watch) -> Traced:
+        def forward(params: Any, arrays: list[jax.Array]) -> list[Call]:
+            with observe(_Finder(watch, log)):
+                intermediates = init(params, arrays).get("intermediates", {})
+            leaves = jax.tree.leaves(intermediates, is_leaf=_is_call)
+            return [leaf for leaf in leaves if _is_call(leaf)]
+
+        jaxpr, calls = jax.make_jaxpr(forward, return_shape=True)(params, arrays)
+        return Traced(jaxpr, calls, [*shapes, *(None for _ in arrays)])
+
+    return tracing.find(trace, log, shapes, _REMEDY, _NOT_RECORDED)
 
 
-class _Call(NamedTuple):
-    """A layer as it was called while its model was traced, inside the transforms around it."""
-
-    kind: str
-    kernel: Parameter
-    bias: Parameter | None
-    has_examples: bool
-
-
+@dataclasses.dataclass(eq=False)
 class _Finder:
-    """Notes each linear layer, and boxes its parameters so that transforms log the axes that they add."""
+    """Leaves each call in the place of its record.
 
-    def __init__(self) -> None:
-        self.log = AxisLog()
-        self.calls: dict[Path, _Call] = {}
-        self.reasons: dict[Path, str] = {}
+    Attributes:
+      watch: which calls it leaves.
+      log: where it notes them.
+    """
 
-    def enter(self, module: nn.Module) -> None:
-        """Nothing is to be done."""
+    watch: Watch
+    log: Log
 
-    def see_layer(self, module: nn.Module, kernel: str, bias: str | None, kind: Kind, x: jax.Array) -> None:
-        """Notes the layer, and marks the place of its record."""
-        path = (*module.path, kernel)
-
-        def parameter(name: str, split: kinds.Split) -> Parameter:
-            value: Any = module.get_variable("params", name)
-            if not isinstance(value, Logged):
-                module.put_variable("params", name, Logged(value, self.log, path))
-            return Parameter((*module.path, name), nn.unbox(value).shape, *split)
-
-        # of the rank of a record's moments, so that a transform that puts its axis elsewhere than first can do so
-        mark = Logged(self.log.watch_vmap(path, x).reshape(1, 1, 1), self.log, kernel=None)
-        module.sow("intermediates", record_key(kernel), mark, reduce_fn=lambda _, new: new)
-        self.calls[path] = _Call(
-            type(module).__name__,
-            parameter(kernel, kind.kernel),
-            None if bias is None else parameter(bias, kind.bias),
-            kind.has_examples(x.ndim),
-        )
+    def see(self, module: nn.Module, product: Product) -> None:
+        """Leaves the call, pooled with earlier ones."""
+        call = self.log.note(module.path, module, product, parameters(module), self.watch)
+        if call is not None:
+            key = record_key(product.kernel)
+            if not module.sow(
+                "intermediates", key, call, lambda earlier, call: call.pooled_with(earlier), lambda: None
+            ):
+                self.log.reasons |= dict.fromkeys(self.log.seen[call.site], _NOT_RECORDED)
 
     def leave(self, module: nn.Module, reason: str) -> None:
         """Notes the reason."""
-        self.reasons[module.path] = reason
+        self.log.reasons[module.path] = reason
 
 
-def _abstract_init(model: nn.Module, rngs: Any, method: Any, args: Any, kwargs: Any) -> Mapping[str, Any]:
-    """Returns the shapes of all the variables that ``model.init`` makes; arguments that are no arrays stay static."""
+def _is_call(leaf: Any) -> bool:
+    return isinstance(leaf, Call)
+
+
+def _make_init(
+    model: nn.Module, rngs: Any, method: Callable[..., Any] | str | None, args: Any, kwargs: Any
+) -> tuple[Callable[[Mapping[str, Any], list[jax.Array]], Any], list[Any]]:
+    """Returns ``model.init`` as a function of parameters and of arrays, and the arrays.
+
+    To be recognized, parameters must be inputs of the traced program, where ``init`` makes its own. But it makes only
+    those that it does not find, so that it is given them where it begins. So the model runs as in ``init``, in which it
+    may call more than elsewhere (all branches of an ``nn.cond``, say).
+
+    Returns:
+      A function of parameters, in part or ``{}``, and of the arrays among the keys and arguments, the rest of which
+      stay static; and these arrays.
+    """
     leaves, treedef = jax.tree.flatten((rngs, args, kwargs))
     is_array = [isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct) for leaf in leaves]
 
-    def init(arrays: list[jax.Array]) -> Any:
+    def init(params: Mapping[str, Any], arrays: list[jax.Array]) -> Any:
+        def begin(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            for name, value in params.items():
+                module.put_variable("params", name, value)
+            if callable(method):
+                return getattr(method, "__func__", method)(module, *args, **kwargs)
+            return getattr(module, "__call__" if method is None else method)(*args, **kwargs)
+
         remaining = iter(arrays)
         merged = [next(remaining) if dynamic else leaf for leaf, dynamic in zip(leaves, is_array, strict=True)]
         rngs, args, kwargs = jax.tree.unflatten(treedef, merged)
         rngs = jax.random.key(0) if rngs is None else rngs
-        return model.init(rngs, *args, method=method, mutable=True, **kwargs)
+        return model.init(rngs, *args, method=begin, mutable=True, **kwargs)
 
-    arrays = [leaf for leaf, dynamic in zip(leaves, is_array, strict=True) if dynamic]
-    variables: Mapping[str, Any] = jax.eval_shape(init, arrays)
-    return variables
-
-
-def _describe(call: _Call, log: AxisLog, variables: Mapping[str, Any]) -> Layer | str:
-    """Returns the layer as it is outside the transforms around it, or the reason to leave it alone."""
-
-    def lifted(parameter: Parameter) -> Parameter:
-        for lift in _look_up(variables["params"], parameter.path).added:
-            parameter = parameter.lift(lift.axis, lift.size)
-        return parameter
-
-    path = (*call.kernel.path[:-1], record_key(call.kernel.path[-1]))
-    record = _look_up(variables.get("intermediates", {}), path)
-    if not isinstance(_look_up(variables["params"], call.kernel.path), Logged):
-        return "its parameters do not lie where its module does"
-    kernel, bias = lifted(call.kernel), None if call.bias is None else lifted(call.bias)
-    lifts = log.roles(kernel.path, record, call.has_examples) if isinstance(record, Logged) else ""
-    if (
-        not isinstance(record, Logged)
-        or any(lift.axis != 0 for lift in record.added)
-        or lifts.count("s") != len(kernel.stack_shape) - 1
-    ):
-        return "inside a transform without 'intermediates': 0 in its variable_axes"
-    return Layer(call.kind, kernel, bias, layer_name(kernel.path), lifts)
-
-
-def _look_up(tree: Any, path: Path) -> Any:
-    for key in path:
-        tree = tree.get(key) if isinstance(tree, Mapping) else None
-    return tree
+    return init, [leaf for leaf, dynamic in zip(leaves, is_array, strict=True) if dynamic]

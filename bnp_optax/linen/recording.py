@@ -2,20 +2,19 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from flax.core import scope
 
-from bnp_optax.layers import Layers
-from bnp_optax.layouts import Kind
+from bnp_optax.layers import Layers, layer_name
+from bnp_optax.layouts import Layout, Product
 from bnp_optax.linen.calls import observe
-from bnp_optax.moments import InputMoments, pool_named_axis, pool_with_earlier
-from bnp_optax.records import by_layer, record_key
+from bnp_optax.moments import InputMoments
+from bnp_optax.records import RecordError, by_layer, empty_record, moments_of, pool_records, record_key
 
 
 def capture(
@@ -64,37 +63,29 @@ def capture(
     apply = model.apply if isinstance(model, nn.Module) else model
 
     def apply_and_record(
-        variables: Any, *args: Any, mutable: scope.CollectionFilter = False, **kwargs: Any
+        variables: Mapping[str, Any], *args: Any, mutable: scope.CollectionFilter = False, **kwargs: Any
     ) -> tuple[Any, dict[str, InputMoments]]:
-        with record_inputs(axis_name, layers):
+        variables = {**variables, "intermediates": {} if layers is None else _empty_records(layers)}
+        with observe(_Recorder(axis_name, None if layers is None else layers.records)):
             collections = scope.union_filters(mutable, "intermediates")
             y, updated = apply(variables, *args, mutable=collections, **kwargs)
         records = by_layer(updated.get("intermediates", {}))
-        if mutable is False:
-            return y, records
         if not scope.in_filter(mutable, "intermediates"):
             updated = {name: collection for name, collection in updated.items() if name != "intermediates"}
-        return (y, updated), records
+        return (y if mutable is False else (y, updated)), records
 
     return apply_and_record
 
 
 @contextlib.contextmanager
-def record_inputs(axis_name: str | tuple[str, ...] | None = None, layers: Layers | None = None) -> Iterator[None]:
+def record_inputs(axis_name: str | tuple[str, ...] | None = None) -> Iterator[None]:
     """Records the moments of every layer's input in the collection ``"intermediates"``.
 
-    Inside the context, ``model.apply(..., mutable=["intermediates"])`` returns beside its output
-    the records that :func:`~bnp_optax.scale_by_bnp` takes. They are reduced at once to a few floats
-    a feature, and gradients do not flow through them. ``model.init`` records nothing.
-
-    A layer called several times in one pass pools its calls.
+    What :func:`capture` does beneath: inside the context, ``model.apply(..., mutable=["intermediates"])``
+    returns the records beside the output and what else the model sows. ``model.init`` records nothing.
 
     Args:
-      axis_name: the name of a mapped axis (`jax.shard_map`, `jax.vmap`) over which the batch is
-        split; the records are those of the whole batch.
-      layers: record these only; by default all that can be. A layer that the pass does not reach
-        then has an empty record, which leaves its statistics as they are: models with ``nn.cond``
-        or ``nn.switch`` need it, as all branches must record the same layers.
+      axis_name: as in :func:`capture`.
 
     Yields:
       Nothing.
@@ -113,45 +104,35 @@ def record_inputs(axis_name: str | tuple[str, ...] | None = None, layers: Layers
       >>> print(recorded["intermediates"]["kernel_input"].mean)
       [[[2. 4.]]]
     """
-    with observe(_Recorder(axis_name, layers)):
+    with observe(_Recorder(axis_name)):
         yield
 
 
 @dataclasses.dataclass(frozen=True)
 class _Recorder:
-    """Sows the moments of every layer's input."""
+    """Sows the moments of every layer's input.
+
+    JAX hashes it at each operation that it traces: what it holds is to be hashed in no time.
+    """
 
     axis_name: str | tuple[str, ...] | None
-    layers: Layers | None
+    chosen: frozenset[str] | None = None
 
-    def enter(self, module: nn.Module) -> None:
-        """Gives the chosen layers empty records at the start of a forward pass."""
-        if self.layers is None or module.path != () or module.is_initializing():
-            return
-        if module.is_mutable_collection("intermediates"):
-            for name, records in _empty_records(self.layers).items():
-                if not module.has_variable("intermediates", name):
-                    module.put_variable("intermediates", name, records)
-
-    def see_layer(self, module: nn.Module, kernel: str, bias: str | None, kind: Kind, x: jax.Array) -> None:
+    def see(self, module: nn.Module, product: Product) -> None:
         """Sows the record of the layer's input beside its kernel, pooled with those of earlier calls."""
-        path = (*module.path, kernel)
-        is_chosen = self.layers is None or any(layer.kernel.path == path for layer in self.layers.values())
-        if module.is_initializing() or not is_chosen:
+        name = layer_name((*module.path, product.kernel))
+        is_chosen = self.chosen is None or name in self.chosen
+        if module.is_initializing() or not is_chosen or not isinstance(product.layout, Layout):
             return
-        where = "/".join(module.path) or type(module).__name__
-        try:
-            record = kind.moments(x)
-            if self.axis_name is not None:
-                record = pool_named_axis(record, self.axis_name)
-            is_sown = module.sow("intermediates", record_key(kernel), record, pool_with_earlier, lambda: None)
-        except ValueError as error:
-            raise ValueError(f"The input of {where} cannot be recorded: {error}.") from error
-        if not is_sown:
-            raise ValueError(
-                f"The input of {where} cannot be recorded, as the collection 'intermediates' is not mutable there. "
-                "Call model.apply(..., mutable=['intermediates']); if the layer is inside nn.scan, nn.vmap or nn.RNN, "
-                "also add 'intermediates': 0 to its variable_axes."
+        where = name if module.path else type(module).__name__
+        record = moments_of(product.layout, product.x, where, self.axis_name)
+        pool = functools.partial(pool_records, where=where)
+        if not module.sow("intermediates", record_key(product.kernel), record, pool, lambda: None):
+            raise RecordError(
+                where,
+                ", as the collection 'intermediates' is not mutable there. Call linen.capture(model)(...), or "
+                "model.apply(..., mutable=['intermediates']); if the layer is inside nn.scan, nn.vmap or nn.RNN, also "
+                "add 'intermediates': 0 to its variable_axes",
             )
 
     def leave(self, module: nn.Module, reason: str) -> None:
@@ -161,12 +142,9 @@ class _Recorder:
 def _empty_records(layers: Layers) -> dict[str, Any]:
     """Returns a tree of records without positions, for the layers whose record has a shape known beforehand."""
     records = {}
-    for layer in layers.values():
-        if set(layer.record_axes) <= {"s"}:
-            stack, (_, *group_and_input) = layer.kernel.stack_shape, layer.moments_shape
-            moment, count = jnp.zeros((*stack, *group_and_input)), jnp.zeros(stack)
-            records[(*layer.kernel.path[:-1], record_key(layer.kernel.path[-1]))] = InputMoments(
-                moment, moment, count, count
-            )
+    for layer in layers.included:
+        if (record := empty_record(layer)) is not None:
+            *module, kernel = layer.kernel.path
+            records[(*module, record_key(kernel))] = record
     tree: dict[str, Any] = flax.traverse_util.unflatten_dict(records)
     return tree

@@ -19,11 +19,10 @@ class TrainState(train_state.TrainState):
       >>> tx = bnp.bnp_sgd(0.1, bnp.linen.find_layers(model, x))
       >>> state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
       >>> def loss_fn(params):
-      ...     with bnp.linen.record_inputs():
-      ...         y, recorded = state.apply_fn({"params": params}, x, mutable=["intermediates"])
-      ...     return (y**2).mean(), recorded["intermediates"]
-      >>> grads, intermediates = jax.grad(loss_fn, has_aux=True)(state.params)
-      >>> state = state.apply_gradients(grads=grads, intermediates=intermediates)
+      ...     y, records = bnp.linen.capture(state.apply_fn)({"params": params}, x)
+      ...     return (y**2).mean(), records
+      >>> grads, records = jax.grad(loss_fn, has_aux=True)(state.params)
+      >>> state = state.apply_gradients(grads=grads, intermediates=records)
     """
 
     def apply_gradients(self, *, grads: Any, intermediates: Any, **kwargs: Any) -> Self:  # type: ignore[override]

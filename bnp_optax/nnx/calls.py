@@ -1,66 +1,35 @@
 """Watch the calls of linear layers in an NNX model."""
 
 import contextlib
-import contextvars
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from bnp_optax import layouts as kinds
-from bnp_optax.layouts import Kind
+from bnp_optax.layouts import LAYERS, Product, products, registered
 
+# What is done with a call of a layer.
+Observer = Callable[[nnx.Module, Product], None]
 
-def _einsum(module: nnx.Einsum, kernel: tuple[int, ...], x: jax.Array, einsum_str: str | None = None) -> Kind | None:
-    kind = kinds.einsum(str(module.einsum_str if einsum_str is None else einsum_str), kernel)
-    bias = None if module.bias is None else module.bias.shape
-    return None if kind is None or bias not in (None, kind.bias[0]) else kind
+_LAYERS = tuple(cls for cls in LAYERS if issubclass(cls, nnx.Module))
 
-
-# From a layer's class to its kind: a function of the module, its kernel's shape and its arguments.
-KINDS: dict[type[Any], Callable[..., Kind | None]] = {
-    nnx.Linear: lambda module, kernel, *_, **__: kinds.dense(kernel),
-    nnx.LinearGeneral: lambda module, kernel, x, *_, **__: kinds.dense_general(
-        kernel, module.axis, module.batch_axis, x.ndim
-    ),
-    nnx.Einsum: _einsum,
-    nnx.Conv: lambda module, kernel, *_, **__: kinds.conv(kernel, module.feature_group_count),
-    nnx.ConvTranspose: lambda module, kernel, *_, **__: kinds.conv_transpose(kernel, module.transpose_kernel),
-}
-
-
-_NORMALIZATIONS = (
-    nnx.BatchNorm,
-    nnx.GroupNorm,
-    nnx.InstanceNorm,
-    nnx.LayerNorm,
-    nnx.RMSNorm,
-    nnx.SpectralNorm,
-    nnx.WeightNorm,
-)
-
-
-# What is done with a call of a layer: (module, its kind or the reason why it has none, input).
-Observer = Callable[[nnx.Module, Kind | str, jax.Array], None]
-
-
-_observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar("observer", default=None)
+# jax.jit traces again under another observer, so that what nnx.jit has in its cache is never used in its place.
+_observer = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
 def observe(observer: Observer) -> Iterator[None]:
     """Calls the observer after every call of a linear layer in this thread."""
-    token = _observer.set(observer)
     _observed_classes.enter()
     try:
-        yield
+        with _observer(observer):
+            yield
     finally:
         _observed_classes.leave()
-        _observer.reset(token)
 
 
 class _ObservedClasses:
@@ -75,7 +44,7 @@ class _ObservedClasses:
         with self._lock:
             self._num_contexts += 1
             if self._num_contexts == 1:
-                for cls in KINDS:
+                for cls in _LAYERS:
                     self._replace(cls, _observed(cls, cls.__call__))
                 self._replace(nnx.RNN, _with_axis_of_time(nnx.RNN.__call__))
 
@@ -96,20 +65,17 @@ _observed_classes = _ObservedClasses()
 
 
 def _observed(cls: type[Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
-        if (observer := _observer.get()) is not None:
-            x, *rest = args if args else (kwargs["inputs"],)
-            options = {name: value for name, value in kwargs.items() if name != "inputs"}
-            kind: Kind | str | None
-            if getattr(self, "mask", None) is not None:
-                kind = kinds.MASKED
-            elif jnp.iscomplexobj(_kernel(self)) or jnp.iscomplexobj(x):
-                kind = kinds.COMPLEX
-            else:
-                kind = KINDS[cls](self, _kernel(self).shape, x, *rest, **options)
-            observer(self, kind or kinds.NO_CONTRACTION, x)
+        if (observer := _observer.value) is not None:
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            _, *arguments = bound.args
+            for product in products(cls, self, parameters(self), *arguments):
+                observer(self, product)
         return result
 
     return call
@@ -120,7 +86,7 @@ def _with_axis_of_time(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def call(self: nnx.RNN, *args: Any, **kwargs: Any) -> Any:
-        return original(self if _observer.get() is None else _WithAxisOfTime(self), *args, **kwargs)
+        return original(self if _observer.value is None else _WithAxisOfTime(self), *args, **kwargs)
 
     return call
 
@@ -136,23 +102,61 @@ class _WithAxisOfTime:
         return getattr(self._rnn, name)
 
 
-def _kernel(module: Any) -> jax.Array:
-    kernel: jax.Array = module.kernel[...]
-    return kernel
+def register(
+    module: nnx.Module,
+    x: jax.Array,
+    kernel: str = "kernel",
+    bias: str | None = "bias",
+    *,
+    kernel_roles: str = "io",
+    bias_roles: str = "o",
+    input_axes: tuple[int, ...] = (-1,),
+    stack_axes: tuple[int, ...] = (),
+) -> None:
+    """Makes a linear layer of your own known; call it in the layer's ``__call__``.
+
+    Under ``find_layers`` it describes the layer, under ``capture`` it records its input, and
+    elsewhere it does nothing.
+
+    Args:
+      module: the layer.
+      x: what the kernel is multiplied by, ``[examples, ..., inputs]`` in some order of axes.
+      kernel: the name of the kernel, an ``nnx.Variable`` that is an attribute of the layer.
+      bias: that of the bias, ``None`` without one.
+      kernel_roles: a letter for each axis of the kernel: ``i`` input, ``o`` output, ``s`` stack (a
+        batch dimension: one kernel for each entry), ``g`` group, ``w`` window.
+      bias_roles: likewise for the bias: ``o``, ``s`` and ``g``.
+      input_axes: the axes of ``x`` that the kernel contracts, in the order of its ``i`` axes.
+      stack_axes: the axes of ``x`` that the kernel's ``s`` axes go with, in their order.
+
+    Raises:
+      ValueError: if the module has no such parameter, or its axes and the roles differ in number.
+
+    Example:
+      A mixture of experts, each with a kernel of its own, over inputs that are already dispatched:
+
+      >>> from flax import nnx
+      >>> import jax
+      >>> class Experts(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.w = nnx.Param(rngs.params.normal((4, 3, 8)))
+      ...         self.b = nnx.Param(jax.numpy.zeros((4, 8)))
+      ...     def __call__(self, x):  # [examples, experts, inputs]
+      ...         register(self, x, "w", "b", kernel_roles="sio", bias_roles="so", stack_axes=(1,))
+      ...         return jax.numpy.einsum("nei,eio->neo", x, self.w[...]) + self.b[...]
+      >>> from bnp_optax.nnx import find_layers
+      >>> print(find_layers(Experts(nnx.Rngs(0)), jax.numpy.ones((16, 4, 3))))
+      layer  kind     kernel  fan-in  covers  parameters
+      w      Experts   4x3x8       3  w, b           128
+      <BLANKLINE>
+      1 layer covers 128 of 128 parameters (100.0%).
+    """
+    if (observer := _observer.value) is not None:
+        where, own = type(module).__name__, parameters(module)
+        product = registered(where, own, x, kernel, bias, kernel_roles, bias_roles, input_axes, stack_axes)
+        observer(module, product)
 
 
-def reason_to_exclude(module: nnx.Module) -> str:
-    """Says why a parameter is excluded whose module was not called as a layer."""
-    name = type(module).__name__
-    if isinstance(module, nnx.Embed):
-        return kinds.EMBEDDING
-    if isinstance(module, _NORMALIZATIONS):
-        return kinds.NORMALIZATION
-    if isinstance(module, nnx.LoRA):
-        return "factor of a low-rank update"
-    for cls in KINDS:
-        if isinstance(module, cls):
-            if type(module).__call__ is cls.__call__:
-                return "not called in this pass"
-            return f"{name} overrides __call__ and does not call that of nnx.{cls.__name__} in this pass"
-    return f"{name} is not one of Flax's linear layers"
+def parameters(module: nnx.Module) -> dict[str, jax.Array]:
+    """Returns the variables of a module itself by name, as they are inside the transforms around it."""
+    return {name: value[...] for name, value in vars(module).items() if isinstance(value, nnx.Variable)}

@@ -1,25 +1,23 @@
 """Find the linear layers of an NNX model."""
 
-import collections
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.extend import core
 
-from bnp_optax import layouts as kinds
-from bnp_optax.layers import Excluded, Layer, Layers, Parameter, Path, layer_name
-from bnp_optax.layouts import Kind
-from bnp_optax.moments import InputMoments
-from bnp_optax.nnx.calls import KINDS, observe, reason_to_exclude
-from bnp_optax.nnx.dataflow import MAPPED, Dataflow
-from bnp_optax.nnx.storing import RECORD, REMEDY, RecordError, captured_by, moments_of, pool_records, store
+from bnp_optax import tracing
+from bnp_optax.layers import Layers, Path, layer_name
+from bnp_optax.layouts import Product, reason_to_exclude
+from bnp_optax.nnx.calls import observe, parameters
+from bnp_optax.nnx.recording import REMEDY, captured_by, module_paths, store
+from bnp_optax.records import record_key
+from bnp_optax.tracing import Call, Log, Traced, Watch
+from bnp_optax.trees import as_path
 
-_NO_AXIS = "called where its record is lost: in a transform of jax, or of nnx without axis 0 for nnx.Intermediate"
+_NOT_RECORDED = "called where its record is lost: in a transform of jax, or of nnx without axis 0 for nnx.Intermediate"
+_SITE = "bnp_optax.site"  # no name of a module
 
 
 def find_layers(model: nnx.Module, *args: Any, method: Callable[..., Any] | str | None = None, **kwargs: Any) -> Layers:
@@ -29,9 +27,10 @@ def find_layers(model: nnx.Module, *args: Any, method: Callable[..., Any] | str 
     as it is, random counters and running statistics included.
 
     Found are ``nnx.Linear``, ``LinearGeneral`` (so attention too), ``Einsum``, ``Conv``,
-    ``ConvTranspose``, the layers inside recurrent cells, and subclasses that call these; also under
-    ``nnx.jit``, ``nnx.remat``, ``nnx.scan``, ``nnx.vmap`` and ``nnx.RNN``. See :func:`record_inputs`
-    for what a scanned or mapped model must provide.
+    ``ConvTranspose``, ``LoRA``, the layers inside recurrent cells, subclasses that call these, and
+    layers of your own that call :func:`register`; also under ``nnx.jit``, ``nnx.remat``, ``nnx.scan``,
+    ``nnx.vmap`` and ``nnx.RNN``. See :func:`record_inputs` for what a scanned or mapped model must
+    provide.
 
     Args:
       model: a Flax NNX module.
@@ -69,33 +68,46 @@ def find_layers(model: nnx.Module, *args: Any, method: Callable[..., Any] | str 
             return method(model, *args, **kwargs)
         return (model if method is None else getattr(model, method))(*args, **kwargs)
 
-    params = {
-        _as_path(keys): leaf.shape
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(nnx.as_pure(nnx.state(model, nnx.Param)))
-    }
-    layers: dict[Path, Layer] = {}
-    reasons: dict[Path, str] = {}
-    for path, call in _search(model, run, args, kwargs).items():
-        layer = _NO_AXIS if call is None else _describe(call, params)
-        if isinstance(layer, Layer):
-            layers[path] = layer
-        else:
-            reasons[path] = layer
-    claims = collections.Counter(parameter.path for layer in layers.values() for parameter in layer.parameters)
-    for path, layer in list(layers.items()):
-        if any(claims[parameter.path] > 1 for parameter in layer.parameters):
-            del layers[path]
-            reasons |= {parameter.path: "shared by layers whose inputs differ" for parameter in layer.parameters}
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=lambda x: isinstance(x, nnx.Pytree | nnx.Variable))
+    graphdef, state = nnx.split((model, leaves))  # together, as the arguments may refer to parts of the model
+    shapes = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
+    modules = module_paths(model)
+    sites = nnx.from_flat_state([((*keys, _SITE), _Found(_Site(path))) for path, (keys, _) in modules.items()])
+    log = Log(reasons={path: reason_to_exclude(module) for path, (_, module) in modules.items()})
 
-    covered = {parameter.path for layer in layers.values() for parameter in layer.parameters}
-    modules = {_as_path(path): module for path, module in nnx.iter_modules(model)}
-    reasons = {path: reason_to_exclude(module) for path, module in modules.items()} | reasons
-    excluded = []
-    for path, shape in params.items():
-        if path not in covered:
-            owner = max((known for known in reasons if path[: len(known)] == known), key=len)
-            excluded.append(Excluded(path, shape, reasons[owner]))
-    return Layers(tuple(layers.values()), tuple(excluded))
+    def trace(watch: Watch) -> Traced:
+        def see(module: nnx.Module, product: Product) -> None:
+            captured = captured_by(module, _Found)
+            if captured is None or _SITE not in captured.get_value():
+                return
+            path = captured.get_value()[_SITE].path
+            if (call := log.note(path, module, product, parameters(module), watch)) is not None:
+                key = record_key(product.kernel)
+                store(captured, key, call.pooled_with(captured.get_value().get(key)), layer_name(call.site))
+
+        def forward(state: Any, shapes: list[jax.Array]) -> list[Call]:
+            model, leaves = nnx.merge(graphdef, state)
+            remaining = iter(shapes)
+            leaves = [next(remaining) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for leaf in leaves]
+            args, kwargs = jax.tree.unflatten(treedef, leaves)
+            with observe(see):
+                _, found = nnx.capture(run, _Found, init=sites)(model, *args, **kwargs)
+            values = [variable.get_value() for _, variable in nnx.to_flat_state(found)]
+            return [value for value in values if isinstance(value, Call)]
+
+        jaxpr, calls = jax.make_jaxpr(forward, return_shape=True)(state, shapes)
+        inputs: list[Path | None] = []
+        for keys, variable in jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_variable):
+            inputs += [as_path(keys[1:]) if keys[0].key == 0 else None] * len(jax.tree.leaves(variable))
+        return Traced(jaxpr, calls, [*inputs, *(None for _ in shapes)])
+
+    params = jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param), is_leaf=_is_variable)
+    shapes_by_path = {as_path(keys): variable.shape for keys, variable in params}
+    return tracing.find(trace, log, shapes_by_path, REMEDY, _NOT_RECORDED)
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
 
 
 class _Found(nnx.Intermediate[Any]):
@@ -103,201 +115,8 @@ class _Found(nnx.Intermediate[Any]):
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class _Site:
-    """Tells a module its path, also inside transforms, where another object stands for it.
-
-    No two are equal, so that `nnx.jit` does not answer out of its cache.
-    """
+    """Tells a module its path, also inside transforms, where another object stands for it."""
 
     path: Path
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("kernel", "bias", "record", "marks"),
-    meta_fields=("site", "name", "kind", "has_examples"),
-)
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """A layer as it was called, stored in the place of its record, so that its arrays leave the same transforms.
-
-    Attributes:
-      site: the module.
-      name: its class.
-      kind: its kind, or the reason why it has none.
-      has_examples: whether its own input has an axis of examples.
-      kernel: its kernel.
-      bias: its bias, if it has one.
-      record: the record of its input, if it has a kind.
-      marks: arrays of shape ``(2,)`` and ``(3,)``, which are the last axes outside the transforms
-        only if all these add their axis in front.
-    """
-
-    site: _Site
-    name: str
-    kind: Kind | str
-    has_examples: bool
-    kernel: Any
-    bias: Any
-    record: InputMoments | None
-    marks: tuple[Any, Any]
-
-    def pooled_with(self, earlier: "_Call", where: str) -> "_Call":
-        """Returns what stands for this call and earlier ones of the same layer."""
-        if self.kind != earlier.kind or self.record is None or earlier.record is None:
-            return dataclasses.replace(earlier, kind="called in several ways", record=None)
-        record = pool_records(earlier.record, self.record, where)
-        return dataclasses.replace(earlier, record=record, has_examples=self.has_examples and earlier.has_examples)
-
-
-class _Value(NamedTuple):
-    """An array of a :class:`_Call` outside the transforms: its shape, and the input that it is, if it is one.
-
-    Attributes:
-      shape: its shape.
-      source: the path of that input in the model, ``None`` if the array is computed.
-      axes: for each of its axes that of the source, or the transform that repeats it.
-    """
-
-    shape: tuple[int, ...]
-    source: Path | None
-    axes: tuple[int | str, ...]
-
-
-def _search(model: nnx.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> dict[Path, _Call | None]:
-    """Traces a copy of the model.
-
-    Returns:
-      Its calls of layers by the path of their module, in their order; ``None`` where nothing came out of a
-      transform. The arrays are :class:`_Value`.
-    """
-    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=lambda x: isinstance(x, nnx.Pytree | nnx.Variable))
-    graphdef, state = nnx.split((model, leaves))  # together, as the arguments may refer to parts of the model
-    state = nnx.as_pure(state)
-    shapes = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
-    paths = [path for path, module in nnx.iter_modules(model) if isinstance(module, tuple(KINDS))]
-    calls: dict[Path, _Call | None] = {}
-
-    def see_layer(module: Any, kind: Kind | str, x: jax.Array) -> None:
-        captured = captured_by(module, _Found)
-        if captured is None or (earlier := captured.get_value().get(RECORD)) is None:
-            return
-        site = earlier.site if isinstance(earlier, _Call) else earlier
-        where = "/".join(site.path) or type(module).__name__
-        calls[site.path] = None
-        call = _Call(
-            site=site,
-            name=type(module).__name__,
-            kind=kind,
-            has_examples=isinstance(kind, Kind) and kind.has_examples(x.ndim),
-            kernel=module.kernel[...],
-            bias=None if module.bias is None else module.bias[...],
-            record=moments_of(kind, x, where) if isinstance(kind, Kind) else None,
-            marks=(jnp.zeros(2), jnp.zeros(3)),
-        )
-        store(captured, call.pooled_with(earlier, where) if isinstance(earlier, _Call) else call, where)
-
-    def trace(paths: Iterable[tuple[Any, ...]]) -> tuple[core.ClosedJaxpr, list[_Call]]:
-        sites = nnx.from_flat_state([((*path, RECORD), _Found(_Site(_as_path(path)))) for path in paths])
-
-        def forward(state: Any, shapes: list[jax.Array]) -> list[_Call]:
-            model, leaves = nnx.merge(graphdef, state)
-            remaining = iter(shapes)
-            leaves = [next(remaining) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for leaf in leaves]
-            args, kwargs = jax.tree.unflatten(treedef, leaves)
-            _, found = nnx.capture(run, _Found, init=sites)(model, *args, **kwargs)
-            values = [variable.get_value() for _, variable in nnx.to_flat_state(found)]
-            return [value for value in values if isinstance(value, _Call)]
-
-        with observe(see_layer):
-            traced: tuple[core.ClosedJaxpr, list[_Call]] = jax.make_jaxpr(forward, return_shape=True)(state, shapes)
-        return traced
-
-    try:
-        closed, found = trace(paths)
-    except RecordError:
-        raise
-    except Exception as error:
-        if _fails(trace, []):
-            raise  # not because of the recording
-        culprits = ["/".join(_as_path(path)) for path in paths if _fails(trace, [path])]
-        if not culprits:
-            raise
-        reason = f", as a transform around it lets no record out. {REMEDY}; in nnx.cond, call it in all branches"
-        raise RecordError(", ".join(culprits), reason) from error
-
-    inputs = [
-        _as_path(keys[1:]) if keys[0].key == 0 else None for keys, _ in jax.tree_util.tree_leaves_with_path(state)
-    ]
-    inputs += [None] * len(shapes)
-    dataflow, values = Dataflow(), []
-    arrays, structure = jax.tree.flatten(found)
-    for array, var in zip(arrays, closed.jaxpr.outvars, strict=True):
-        origin = dataflow.origin(closed.jaxpr, var)
-        values.append(_Value(array.shape, *((inputs[origin.source], origin.axes) if origin else (None, ()))))
-    for call in jax.tree.unflatten(structure, values):
-        calls[call.site.path] = call
-    return calls
-
-
-def _fails(function: Callable[..., Any], *args: Any) -> bool:
-    try:
-        function(*args)
-    except Exception:
-        return True
-    return False
-
-
-def _describe(call: _Call, params: Mapping[Path, tuple[int, ...]]) -> Layer | str:
-    """Returns the layer as it is outside the transforms around it, or the reason to leave it alone."""
-    if not isinstance(call.kind, Kind) or call.record is None:
-        return str(call.kind)
-    added = len(call.record.mean.shape) - 3
-    if [mark.shape[added:] for mark in call.marks] != [(2,), (3,)]:
-        return _NO_AXIS
-    kernel = _lifted(call.kernel, call.kind.kernel, added, params)
-    # A bias that is not trained is a constant, as if there were none.
-    has_bias = call.bias is not None and (call.bias.source is None or call.bias.source in params)
-    bias = _lifted(call.bias, call.kind.bias, added, params) if has_bias else None
-    if kernel is None or (has_bias and bias is None):
-        return "not an nnx.Param of the model itself, but computed from others"
-    stacked = [isinstance(axis, int) for axis in call.kernel.axes[:added]]
-    if bias is not None and stacked != [isinstance(axis, int) for axis in call.bias.axes[:added]]:
-        return "its kernel and bias are stacked along different axes"
-    lifts = "".join("s" if is_stacked else "r" for is_stacked in stacked)
-    if not call.has_examples and MAPPED in call.kernel.axes:
-        # Of several mapped axes the outermost holds the examples, as in an array.
-        k = call.kernel.axes.index(MAPPED)
-        lifts = f"{lifts[:k]}e{lifts[k + 1 :]}"
-    return Layer(call.name, kernel, bias, layer_name((*call.site.path, "kernel")), lifts)
-
-
-def _lifted(
-    value: _Value, split: kinds.Split, num_added: int, params: Mapping[Path, tuple[int, ...]]
-) -> Parameter | None:
-    """Returns the parameter that a value is, as the model holds it, ``None`` if it is none."""
-    stack = [axis for axis in value.axes[:num_added] if isinstance(axis, int)]
-    own = [axis for axis in value.axes[num_added:] if isinstance(axis, int)]
-    if (
-        value.source is None
-        or value.source not in params
-        or own != sorted(own)
-        or sorted(stack + own) != list(range(len(params[value.source])))
-        or len(own) < len(value.axes) - num_added
-    ):
-        return None
-    shape = params[value.source]
-    parameter = Parameter(value.source, tuple(shape[axis] for axis in own), *split)
-    for k, axis in reversed(list(enumerate(stack))):
-        missing = [outer for outer in stack[:k] if outer < axis]
-        parameter = parameter.lift(axis - len(missing), shape[axis])
-    return parameter
-
-
-_KEYS = (jax.tree_util.DictKey, jax.tree_util.SequenceKey, jax.tree_util.GetAttrKey, jax.tree_util.FlattenedIndexKey)
-
-
-def _as_path(keys: tuple[Any, ...]) -> Path:
-    """Returns keys of NNX or of JAX as the path under which :func:`~bnp_optax.scale_by_bnp` sees them."""
-    return tuple(jax.tree_util.keystr((key,), simple=True) if isinstance(key, _KEYS) else str(key) for key in keys)

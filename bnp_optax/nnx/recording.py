@@ -1,18 +1,24 @@
 """Record the inputs of the linear layers of an NNX model."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from flax import nnx
+from flax import errors, nnx
 
-from bnp_optax.layers import Layers
-from bnp_optax.layouts import Kind
-from bnp_optax.moments import InputMoments, pool_named_axis
+from bnp_optax.layers import Layers, Path
+from bnp_optax.layouts import Layout, Product
+from bnp_optax.moments import InputMoments
 from bnp_optax.nnx.calls import observe
-from bnp_optax.nnx.storing import RECORD, RecordError, captured_by, moments_of, pool_records, store
-from bnp_optax.records import by_layer
+from bnp_optax.records import RecordError, by_layer, empty_record, moments_of, pool_records, record_key
+
+REMEDY = (
+    "Pass the module as an argument to a transform of nnx (not of jax) that gives records an axis 0, as "
+    "nnx.StateAxes({nnx.Intermediate: 0, ...: None}) does where parameters are shared; in nnx.cond, call it in all "
+    "branches"
+)
 
 
 def capture(
@@ -23,20 +29,41 @@ def capture(
 ) -> Callable[..., tuple[Any, dict[str, InputMoments]]]:
     """Makes a model return the moments of every layer's input beside its output.
 
-    ``y, records = capture(model)(x)`` calls ``model(x)``.
+    ``y, records = capture(model)(x)`` calls ``model(x)``; the records are what the ``update`` of
+    :func:`~bnp_optax.preconditioned` and :func:`~bnp_optax.scale_by_bnp` takes as ``intermediates=``.
+    They are reduced at once to a few floats a feature, and gradients do not flow through them. A
+    layer called several times in one pass pools its calls. :func:`record_inputs` says what a scanned
+    or mapped model must provide.
+
+    Args:
+      model: a Flax NNX module, a method of one, or a function whose first argument is one.
+      layers: record these only; by default all that can be. A layer that the pass does not reach
+        then has an empty record, which leaves its statistics as they are: models with ``nnx.cond``
+        need it, as all branches must record the same layers.
+      axis_name: the name of a mapped axis (`jax.shard_map`, `jax.vmap`) over which the batch is
+        split; the records are those of the whole batch.
+
+    Returns:
+      A function with the arguments of ``model``, which returns its output and the records by layer.
+
+    Raises:
+      ValueError: when it is called, naming the layer, if a record cannot leave a transform inside
+        the model, a layer's input is empty, or the model has not the ``layers``.
 
     Example:
       >>> from flax import nnx
       >>> import jax
       >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
       >>> y, records = capture(model)(jax.numpy.array([[1.0, 4.0], [3.0, 4.0]]))
-      >>> print(records["layers/0"].mean)
-      [[[2. 4.]]]
+      >>> print(records["layers/0"].mean, records["layers/0"].examples)
+      [[[2. 4.]]] [2.]
     """
 
     def call_and_record(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, InputMoments]]:
-        with record_inputs(axis_name):
-            y, intermediates = nnx.capture(model, nnx.Intermediate)(*args, **kwargs)
+        module = model if isinstance(model, nnx.Module) else getattr(model, "__self__", args[0] if args else None)
+        expected = None if layers is None else _expected(module, layers)
+        with observe(_Recorder(axis_name, expected_only=layers is not None)):
+            y, intermediates = nnx.capture(model, nnx.Intermediate, init=expected)(*args, **kwargs)
         return y, by_layer(intermediates)
 
     return call_and_record
@@ -46,11 +73,8 @@ def capture(
 def record_inputs(axis_name: str | tuple[str, ...] | None = None) -> Iterator[None]:
     """Records the moments of every layer's input as ``nnx.Intermediate`` variables.
 
-    Inside the context, ``nnx.capture(model, nnx.Intermediate)(x)`` returns beside the model's output
-    the records that :func:`~bnp_optax.scale_by_bnp` takes. They are reduced at once to a few floats
-    a feature, and gradients do not flow through them. A layer called several times in one pass pools
-    its calls. Enter the context inside of what is compiled by `jit`, which otherwise may answer out
-    of its cache.
+    What :func:`capture` does beneath: inside the context, ``nnx.capture(model, nnx.Intermediate)(x)``
+    returns the records beside the model's output and what else the model sows.
 
     **Transforms inside the model** must let the records out, which NNX calls giving them an axis:
 
@@ -60,13 +84,14 @@ def record_inputs(axis_name: str | tuple[str, ...] | None = None) -> Iterator[No
       ``in_axes=(nnx.StateAxes({nnx.Intermediate: 0, ...: None}), 0)``, or, without graph updates,
       ``nnx.prefix(module, {nnx.Intermediate: 0, ...: None})`` made in the forward pass;
     * ``nnx.RNN``, ``nnx.Bidirectional``, ``nnx.jit`` and ``nnx.remat`` need nothing;
-    * the branches of ``nnx.cond`` must call the same layers, and ``nnx.while_loop`` and
-      ``nnx.fori_loop`` none;
+    * the branches of ``nnx.cond`` must call the same layers, unless ``capture`` is given ``layers``
+      (which a method that calls all branches finds); ``nnx.while_loop`` and ``nnx.fori_loop`` must
+      call none;
     * JAX's own transforms drop or refuse records.
 
     While a context is active, the classes of Flax's linear layers have another ``__call__``. It
-    records in the thread (more precisely, the context of `contextvars`) that entered, the innermost
-    one where several are active, and is replaced by the original one when the last one ends.
+    records in the thread that entered, for the innermost context where several are active, and is
+    replaced by the original one when the last one ends.
 
     Args:
       axis_name: the name of a mapped axis (`jax.shard_map`, `jax.vmap`) over which the batch is
@@ -88,16 +113,70 @@ def record_inputs(axis_name: str | tuple[str, ...] | None = None) -> Iterator[No
       >>> print(intermediates["kernel_input"].get_value().mean)
       [[[2. 4.]]]
     """
-
-    def see_layer(module: Any, kind: Kind | str, x: jax.Array) -> None:
-        if isinstance(kind, Kind):
-            where = f"{type(module).__name__} with a kernel of shape {module.kernel.shape}"
-            if (captured := captured_by(module, nnx.Intermediate)) is None:
-                raise RecordError(where, ", as nothing collects it. Call nnx.capture(model, nnx.Intermediate)(x)")
-            record = moments_of(kind, x, where)
-            if axis_name is not None:
-                record = pool_named_axis(record, axis_name)
-            store(captured, pool_records(captured.get_value().get(RECORD), record, where), where)
-
-    with observe(see_layer):
+    with observe(_Recorder(axis_name)):
         yield
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recorder:
+    """Stores the moments of every layer's input."""
+
+    axis_name: str | tuple[str, ...] | None
+    expected_only: bool = False
+
+    def __call__(self, module: nnx.Module, product: Product) -> None:
+        """Stores the record of the layer's input in the module, pooled with those of earlier calls."""
+        if not isinstance(product.layout, Layout):
+            return
+        where = f"{type(module).__name__} with a kernel of shape {getattr(module, product.kernel).shape}"
+        if (captured := captured_by(module, nnx.Intermediate)) is None:
+            raise RecordError(where, ", as nothing collects it. Call nnx.capture(model)(x) of bnp_optax")
+        key = record_key(product.kernel)
+        if self.expected_only and key not in captured.get_value():
+            return
+        earlier = captured.get_value().get(key)
+        record = moments_of(product.layout, product.x, where, self.axis_name)
+        store(captured, key, pool_records(None if earlier == _Expected() else earlier, record, where), where)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Expected:
+    """Stands for a record whose shape depends on the batch, until its layer is called."""
+
+
+def _expected(model: Any, layers: Layers) -> nnx.State[Any, Any]:
+    """Returns what the modules of the layers hold before a pass: empty records."""
+    keys_by_name = {"/".join(path): keys for path, (keys, _) in module_paths(model).items()}
+    state = []
+    for layer in layers.included:
+        module, kernel = (layer.record, "kernel") if layer.record in keys_by_name else layer.record.rpartition("/")[::2]
+        if module not in keys_by_name:
+            raise ValueError(f"layers describes {layer.path}, which the model does not have. Find its own layers.")
+        value = nnx.Intermediate[Any](empty_record(layer) or _Expected())
+        state.append(((*keys_by_name[module], record_key(kernel)), value))
+    return nnx.from_flat_state(state)
+
+
+def captured_by(module: nnx.Module, variable_type: type[nnx.Intermediate[Any]]) -> nnx.Intermediate[Any] | None:
+    """Returns the dictionary in which `nnx.capture` collects what a module stores, ``None`` if it does not."""
+    for path, variable in nnx.iter_graph(module):
+        is_own = len(path) == 2  # ("__captures__", 0), not that of a module inside
+        if is_own and type(variable) is variable_type and isinstance(variable.get_value(), dict):
+            return variable
+    return None
+
+
+def store(captured: nnx.Intermediate[Any], key: str, value: Any, where: str) -> None:
+    """Stores a record as `nnx.Module.sow` would, which does not notice that it cannot come out of a transform."""
+    try:
+        captured.set_value({**captured.get_value(), key: value})
+    except errors.TraceContextError as error:
+        raise RecordError(where, f", as a transform around it closes over the module. {REMEDY}") from error
+
+
+def module_paths(model: nnx.Module) -> dict[Path, tuple[tuple[Any, ...], nnx.Module]]:
+    """Returns every module of a model, with its keys, by its path."""
+    modules = nnx.iter_modules(model)
+    # what a list held beside its numbered members, Flax could not sort
+    return {tuple(map(str, keys)): (keys, module) for keys, module in modules if not isinstance(module, nnx.List)}

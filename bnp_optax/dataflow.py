@@ -1,9 +1,17 @@
 """Trace an array that a program returns back to the input that it is.
 
-A model's layers return, while it is searched for them, their kernels beside the records of their
-inputs, so that both leave the same transforms. The jaxpr then tells which parameter a kernel is,
-and which of the axes it gained are axes of the parameter: a stack of layers. An axis along which
-it only repeats is one of a loop over time, or of a map over examples.
+The walk goes from an output of a jaxpr to the equation that made it, and on to that equation's input, as long as
+nothing is computed; on the way it keeps which axis is which. Take a kernel that ``nn.scan`` scans along its axis 1::
+
+    { lambda ; w:f32[3,5,4] ... . let
+        t:f32[5,3,4] = transpose[permutation=(1, 0, 2)] w
+        ... k:f32[5,3,4] = scan[ { lambda ; c  w_step:f32[3,4] . let ... in (..., w_step) } ] ... t
+      in (k) }
+
+``k`` is made by the scan. In its body the output is the input ``w_step``, a slice of what is scanned, so that ``k`` is
+the scan's input ``t`` with all axes in their order, ``(0, 1, 2)``. ``t`` is ``w`` with the axes ``(1, 0, 2)``. Put
+together: the axes of ``k`` are the axes ``(1, 0, 2)`` of ``w``. Were ``w[3,4]`` a constant of the loop, the scan would
+stack copies of it: axes ``("loop", 0, 1)``.
 """
 
 from typing import Any, NamedTuple

@@ -1,55 +1,31 @@
 """Linen models under transforms: each update equals that of the same network written without them, in float64."""
 
-import time
+import functools
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import (
+    assert_same,
+    forward,
+    gradients_and_records,
+    init,
+    model_update,
+    normal,
+    quick_jit,
+    second_update,
+    unstack,
+    update_of,
+)
 
 import bnp_optax as bnp
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 SPLIT, SHARED = {"params": True}, {"params": False}
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(1, 2, shape))
-
-
-def weigh(y):
-    """A loss that no symmetry makes special."""
-    return jnp.sum(jnp.sin(y + jnp.arange(y.size, dtype=y.dtype).reshape(y.shape)))
-
-
-def update_of(layers, apply, params, x):
-    """Returns the update and state after two steps, so that the start matters, of `apply(params, x)` recorded."""
-    tx = bnp.scale_by_bnp(layers, decay=0.5, prior_examples=2)
-
-    def loss(params, x):
-        with bnp.linen.record_inputs():
-            y, recorded = apply(params, x)
-        return weigh(y), recorded["intermediates"]
-
-    state = tx.init(params)
-    for _ in range(2):
-        gradients, recorded = jax.grad(loss, has_aux=True)(params, x)
-        updates, state = tx.update(gradients, state, intermediates=recorded)
-    return updates, state
-
-
-def model_update(model, params, x):
-    layers = bnp.linen.find_layers(model, x)
-    assert not layers.excluded
-    return update_of(layers, lambda p, x: model.apply({"params": p}, x, mutable=["intermediates"]), params, x)
-
-
-def assert_same(actual, expected):
-    chex.assert_trees_all_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 class Block(nn.Module):
@@ -91,23 +67,29 @@ class Scanned(nn.Module):
         return scan_over_layers(self.block, self.length, self.params_axis)(self.block(name="block"), x)[0]
 
 
-def unstack(tree, axis):
-    return {k: jax.tree.map(lambda leaf, k=k: jnp.take(leaf, k, axis), tree) for k in range(3)}
+def blocks(tree, axis=0):
+    """The blocks of a stack of three by the names that they have unrolled."""
+    return {f"block_{k}": entry for k, entry in enumerate(unstack(tree, 3, axis))}
+
+
+@pytest.fixture(scope="module")
+def unrolled():
+    """Three blocks: their input, their parameters, and their update and state."""
+    x = normal(0, 6, 4)
+    params = init(Unrolled(3), x)
+    return x, params, model_update(Unrolled(3), params, x)
 
 
 @pytest.mark.parametrize("block", [Block, nn.remat(Block), nn.jit(Block)])
 @pytest.mark.parametrize("axis", [0, 1, -1])
-def test_scanned_stack_equals_the_blocks_unrolled(axis, block):
-    x = normal(0, 6, 4)
-    scanned, unrolled = Scanned(3, axis, block), Unrolled(3)
-    params = scanned.init(jax.random.key(0), x)["params"]
-    separate = {f"block_{k}": tree for k, tree in unstack(params["block"], axis).items()}
-    chex.assert_trees_all_close(
-        scanned.apply({"params": params}, x), unrolled.apply({"params": separate}, x), rtol=1e-12
-    )
+def test_scanned_stack_equals_the_blocks_unrolled(axis, block, unrolled):
+    x, separate, (expected, expected_state) = unrolled
+    scanned = Scanned(3, axis, block)
+    params = {"block": jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *separate.values())}
+    outputs = (quick_jit(forward(model))(p, x)[0] for model, p in ((scanned, params), (Unrolled(3), separate)))
+    np.testing.assert_allclose(*outputs, rtol=1e-12)
     updates, state = model_update(scanned, params, x)
-    expected, expected_state = model_update(unrolled, separate, x)
-    assert_same({f"block_{k}": tree for k, tree in unstack(updates["block"], axis).items()}, expected)
+    assert_same(blocks(updates["block"], axis), expected)
     for k in range(3):
         for name in ("up", "down"):
             for field, expected_field in zip(state[f"block/{name}"], expected_state[f"block_{k}/{name}"], strict=True):
@@ -136,7 +118,7 @@ class Nested(nn.Module):
 
 def test_nested_scans_equal_the_layers_unrolled():
     x = normal(0, 6, 4)
-    params = Nested().init(jax.random.key(0), x)["params"]
+    params = init(Nested(), x)
     assert params["dense"]["kernel"].shape == (4, 3, 2, 4)
 
     class Flat(nn.Module):
@@ -161,32 +143,21 @@ def test_ensemble_under_vmap_equals_its_members():
     ensemble = nn.vmap(
         Block, variable_axes={"params": 1, "intermediates": 0}, split_rngs=SPLIT, in_axes=None, out_axes=0, axis_size=3
     )()
-    params = ensemble.init(jax.random.key(0), x)["params"]
+    params = init(ensemble, x)
     updates, _ = model_update(ensemble, params, x)
+    separate = unstack(params, 3, axis=1)
 
-    def members(params, x):
-        outputs, recorded = zip(
-            *(Block().apply({"params": params[k]}, x, mutable=["intermediates"]) for k in range(3)), strict=True
-        )
-        return jnp.stack(outputs), {
-            "intermediates": {k: r["intermediates"] for k, r in zip("abc", recorded, strict=True)}
-        }
+    def members(separate, x):
+        outputs, records = zip(*(forward(Block())(params, x) for params in separate), strict=True)
+        return jnp.stack(outputs), records
 
-    one = bnp.linen.find_layers(Block(), x)
-    tx = bnp.scale_by_bnp(one, decay=0.5, prior_examples=2)
-    separate = unstack(params, 1)
-
-    def loss(separate):
-        with bnp.linen.record_inputs():
-            y, recorded = members(separate, x)
-        return weigh(y), recorded["intermediates"]
-
-    gradients, recorded = jax.grad(loss, has_aux=True)(separate)
-    for k, name in enumerate("abc"):
-        state = tx.init(separate[k])
-        for _ in range(2):
-            expected, state = tx.update(gradients[k], state, intermediates=recorded[name])
-        assert_same(jax.tree.map(lambda leaf, k=k: leaf[:, k], updates), expected)
+    layers = bnp.linen.find_layers(Block(), x)
+    gradients, records = quick_jit(gradients_and_records(members))(separate, x)
+    expected = [
+        quick_jit(functools.partial(second_update, layers))(*member)[0]
+        for member in zip(separate, gradients, records, strict=True)
+    ]
+    assert_same(unstack(updates, 3, axis=1), expected)
 
 
 @pytest.mark.parametrize("with_batch", [False, True])
@@ -196,12 +167,12 @@ def test_vmap_over_inputs_with_shared_parameters(with_batch):
         Block, variable_axes={"params": None, "intermediates": 0}, split_rngs=SHARED, in_axes=1, out_axes=1
     )()
     x = normal(0, 6, 3, 4) if with_batch else normal(0, 6, 4).T
-    params = Block().init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+    params = init(Block(), jnp.ones((1, 4)))
     updates, state = model_update(mapped, params, x)
 
     def plain(params, x):
-        y, recorded = Block().apply({"params": params}, x if with_batch else x.T, mutable=["intermediates"])
-        return (y if with_batch else y.T), recorded
+        y, records = forward(Block())(params, x if with_batch else x.T)
+        return (y if with_batch else y.T), records
 
     expected, expected_state = update_of(bnp.linen.find_layers(Block(), jnp.ones((1, 4))), plain, params, x)
     assert_same((updates, state), (expected, expected_state))
@@ -212,11 +183,11 @@ def test_vmap_over_inputs_with_shared_parameters(with_batch):
 def test_recurrent_network_mapped_over_examples_equals_the_batched_one(cell):
     x = normal(0, 3, 6, 4)
     model = nn.RNN(cell(5, param_dtype=float), variable_axes={"intermediates": 0})
-    params = model.init(jax.random.key(0), x)["params"]
+    params = init(model, x)
     layers = bnp.linen.find_layers(model, x)
 
     def mapped(params, x):
-        return jax.vmap(lambda one: model.apply({"params": params}, one, mutable=["intermediates"]))(x)
+        return jax.vmap(lambda one: forward(model)(params, one))(x)
 
     expected = model_update(model, params, x)
     assert_same(update_of(layers, mapped, params, x), expected)
@@ -246,11 +217,10 @@ def test_recurrent_network_whose_cell_is_a_scanned_stack():
     x = normal(0, 5, 3, 4)  # three steps, three layers
     scanned = nn.RNN(Cell(Scanned), variable_axes={"intermediates": 0})
     unrolled = nn.RNN(Cell(Unrolled), variable_axes={"intermediates": 0})
-    params = scanned.init(jax.random.key(0), x)["params"]
+    params = init(scanned, x)
 
     def separate(tree):
-        blocks = unstack(tree["cell"]["Scanned_0"]["block"], 0)
-        return {"cell": {"Unrolled_0": {f"block_{k}": tree for k, tree in blocks.items()}}}
+        return {"cell": {"Unrolled_0": blocks(tree["cell"]["Scanned_0"]["block"])}}
 
     updates, state = model_update(scanned, params, x)
     expected, _ = model_update(unrolled, separate(params), x)
@@ -280,7 +250,7 @@ def test_layer_shared_inside_and_outside_a_transform_pools_all_its_calls():
             return x
 
     x = normal(0, 6, 4)
-    params = Written().init(jax.random.key(0), x)["params"]
+    params = init(Written(), x)
     assert_same(model_update(Shared(), params, x), model_update(Written(), params, x))
 
 
@@ -302,9 +272,7 @@ def test_layer_called_inside_and_outside_of_a_transform_is_refused_by_name(outsi
 
     def find_and_record(x):
         bnp.linen.find_layers(Mixed(), x)
-        params = Mixed().init(jax.random.key(0), x)["params"]
-        with bnp.linen.record_inputs():
-            return Mixed().apply({"params": params}, x, mutable=["intermediates"])
+        return forward(Mixed())(Mixed().init(jax.random.key(0), x)["params"], x)
 
     with pytest.raises(ValueError, match=r"dense.* called both inside and outside of a transform that adds an axis"):
         jax.eval_shape(find_and_record, normal(0, 6, 4))
@@ -323,25 +291,27 @@ def test_errors_of_the_model_itself_come_through():
 def test_accumulation_over_micro_batches_of_a_scanned_model():
     x = normal(0, 8, 4)
     model = Scanned(3)
-    params = model.init(jax.random.key(0), x)["params"]
+    params = init(model, x)
     tx = bnp.scale_by_bnp(bnp.linen.find_layers(model, x))
 
-    def gradients_and_records(params, x):
-        def loss(params):
-            with bnp.linen.record_inputs():
-                y, recorded = model.apply({"params": params}, x, mutable=["intermediates"])
-            return jnp.mean(jnp.sum(jnp.sin(y), axis=-1)), recorded["intermediates"]
+    differentiate = gradients_and_records(model, lambda y: jnp.mean(jnp.sum(jnp.sin(y), axis=-1)))
 
-        return jax.grad(loss, has_aux=True)(params)
-
-    def micro_batch(total, x):
-        gradients, records = gradients_and_records(params, x)
+    def micro_batch(params, total, x):
+        gradients, records = differentiate(params, x)
         return jax.tree.map(lambda t, g: t + g / 4, total, gradients), records
 
-    gradients, records = jax.lax.scan(micro_batch, optax.tree.zeros_like(params), x.reshape(4, 2, 4))
-    accumulated = tx.update(gradients, tx.init(params), intermediates=records)
-    gradients, records = gradients_and_records(params, x)
-    assert_same(accumulated, tx.update(gradients, tx.init(params), intermediates=records))
+    @quick_jit
+    def accumulated(params, x):
+        parts, start = x.reshape(4, 2, 4), optax.tree.zeros_like(params)
+        gradients, records = jax.lax.scan(functools.partial(micro_batch, params), start, parts)
+        return tx.update(gradients, tx.init(params), intermediates=records)
+
+    @quick_jit
+    def whole(params, x):
+        gradients, records = differentiate(params, x)
+        return tx.update(gradients, tx.init(params), intermediates=records)
+
+    assert_same(accumulated(params, x), whole(params, x))
 
 
 class Branches(nn.Module):
@@ -363,27 +333,30 @@ class Branches(nn.Module):
         return self.last(transform(*arguments, self, x))
 
 
-@pytest.mark.parametrize("conditional", [True, False])
-@pytest.mark.parametrize("taken", [0, 1])
-def test_only_the_branch_that_is_taken_absorbs_the_batch(taken, conditional):
-    model, x = Branches(conditional), normal(0, 6, 4)
+@pytest.fixture(scope="module", params=[True, False], ids=["cond", "switch"])
+def branches(request):
+    """Input, statistics at the start, and a compiled step, which the index of the branch is given."""
+    model, x = Branches(request.param), normal(0, 6, 4)
     layers = bnp.linen.find_layers(model, x, 0)
     assert list(layers) == ["branches_0", "branches_1/up", "branches_1/down", "last"]
-    params = model.init(jax.random.key(0), x, 0)["params"]
+    params = init(model, x, 0)
     tx = bnp.scale_by_bnp(layers, decay=0.5)
 
-    @jax.jit
-    def step(params, state, index):
-        def loss(params):
-            with bnp.linen.record_inputs(layers=layers):
-                y, recorded = model.apply({"params": params}, x, index, mutable=["intermediates"])
-            return weigh(y), recorded["intermediates"]
+    def run(params, x, index):
+        return bnp.linen.capture(model, layers=layers)({"params": params}, x, index)
 
-        gradients, recorded = jax.grad(loss, has_aux=True)(params)
-        return tx.update(gradients, state, intermediates=recorded)
+    @quick_jit
+    def step(state, index):
+        gradients, records = gradients_and_records(run)(params, (x, index))
+        return tx.update(gradients, state, intermediates=records)
 
-    start = tx.init(params)
-    updates, state = step(params, start, taken)
+    return x, tx.init(params), step
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_only_the_branch_that_is_taken_absorbs_the_batch(taken, branches):
+    x, start, step = branches
+    updates, state = step(start, taken)
     for k, (path, update) in enumerate(
         {"branches_0": updates["branches_0"], "branches_1/up": updates["branches_1"]["up"]}.items()
     ):
@@ -411,17 +384,11 @@ def test_missing_variable_axis_is_named_while_tracing(lift):
     assert {other.reason for other in layers.excluded} == {
         "inside a transform without 'intermediates': 0 in its variable_axes"
     }
-    params = model.init(jax.random.key(0), x)["params"]
+    params = init(model, x)
     where = "Dense" if lift == "vmap" else "cell/i"
-
-    def forward(x):
-        with bnp.linen.record_inputs():
-            return model.apply({"params": params}, x, mutable=["intermediates"])
-
     with pytest.raises(ValueError, match=rf"input of {where}.* add 'intermediates': 0 to its variable_axes"):
-        jax.eval_shape(forward, x)
-    with bnp.linen.record_inputs(layers=layers):
-        assert model.apply({"params": params}, x, mutable=["intermediates"])[1] == {}
+        jax.eval_shape(forward(model), params, x)
+    assert bnp.linen.capture(model, layers=layers)({"params": params}, x)[1] == {}
 
 
 def test_records_on_another_axis_are_refused():
@@ -437,12 +404,12 @@ def test_finding_again_through_nn_jit_finds_the_same():
 
 
 def test_partitioned_parameters_are_found_and_preconditioned():
-    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    kernel_init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
 
     class Layer(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.Dense(4, kernel_init=init, param_dtype=float, name="dense")(x)
+            return nn.Dense(4, kernel_init=kernel_init, param_dtype=float, name="dense")(x)
 
     class Stack(nn.Module):
         @nn.compact
@@ -457,23 +424,9 @@ def test_partitioned_parameters_are_found_and_preconditioned():
             return scan(Layer(name="layer"), x)[0]
 
     x = normal(0, 6, 4)
-    boxed = Stack().init(jax.random.key(0), x)["params"]
+    boxed = init(Stack(), x)
     assert isinstance(boxed["layer"]["dense"]["kernel"], nn.Partitioned)
     boxed_updates, _ = model_update(Stack(), boxed, x)
     assert isinstance(boxed_updates["layer"]["dense"]["kernel"], nn.Partitioned)
     updates, _ = model_update(Stack(), nn.unbox(boxed), x)
     assert_same(nn.unbox(boxed_updates), updates)
-
-
-def test_finding_a_hundred_layers_is_quick():
-    class Deep(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            for _ in range(100):
-                x = nn.relu(nn.Dense(256)(x))
-            return x
-
-    start = time.perf_counter()
-    layers = bnp.linen.find_layers(Deep(), jax.ShapeDtypeStruct((64, 256), jnp.float32))
-    assert len(layers) == 100
-    assert time.perf_counter() - start < 10

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import bnp_update, patches
+from helpers import gradients_and_records, init, normal, quick_jit
+from oracles import patches, step_of_batch
 
 import bnp_optax as bnp
 from bnp_optax import layouts
@@ -16,31 +17,23 @@ from bnp_optax import layouts
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(1, 2, shape))
-
-
-def gradients_and_updates(model, *args, layers=None, params=None, **kwargs):
+def gradients_and_updates(model, *args, params=None):
     """Returns the gradients of a loss that no symmetry makes special, what BNP makes of them, and its state."""
-    layers = bnp.linen.find_layers(model, *args, **kwargs) if layers is None else layers
-    params = model.init(jax.random.key(0), *args, **kwargs)["params"] if params is None else params
-    tx = bnp.scale_by_bnp(layers, decay=0.0, prior_examples=None)
+    tx = bnp.scale_by_bnp(bnp.linen.find_layers(model, *args), decay=0.0, prior_examples=None)
+    differentiate = gradients_and_records(model)
 
-    def loss(params):
-        with bnp.linen.record_inputs():
-            y, recorded = model.apply({"params": params}, *args, mutable=["intermediates"], **kwargs)
-        flat = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(y)])
-        return jnp.sum(jnp.sin(flat + jnp.arange(flat.size, dtype=flat.dtype))), recorded["intermediates"]
+    @quick_jit
+    def update(params, *args):
+        gradients, records = differentiate(params, args)
+        return gradients, *tx.update(gradients, tx.init(params), intermediates=records)
 
-    gradients, recorded = jax.grad(loss, has_aux=True)(params)
-    updates, state = tx.update(gradients, tx.init(params), intermediates=recorded)
-    return gradients, updates, state
+    return update(init(model, *args) if params is None else params, *args)
 
 
-def assert_update(gradients, updates, inputs, examples, matrix=lambda kernel: kernel, window=1):
+def assert_update(gradients, updates, inputs, examples, matrix=lambda kernel: kernel):
     """Compares with the dense update; `matrix` brings a kernel to `[window * inputs, outputs]`."""
     g_b = np.ravel(gradients["bias"]) if "bias" in gradients else None
-    kernel, bias = bnp_update(inputs, examples, np.asarray(matrix(gradients["kernel"])), g_b, window)
+    kernel, bias = step_of_batch(inputs, examples, np.asarray(matrix(gradients["kernel"])), g_b)
     np.testing.assert_allclose(matrix(updates["kernel"]), kernel, rtol=1e-8, atol=1e-8)
     if bias is not None:
         np.testing.assert_allclose(np.ravel(updates["bias"]), bias, rtol=1e-8, atol=1e-8)
@@ -142,20 +135,20 @@ def test_transposed_convolution_uses_the_statistics_of_its_channels(transpose_ke
     def matrix(kernel):
         return (jnp.swapaxes(kernel, -1, -2) if transpose_kernel else kernel).reshape(12, 6)
 
-    assert_update(gradients, updates, np.reshape(x, (60, 2)), examples=3, matrix=matrix, window=6)
+    assert_update(gradients, updates, np.reshape(x, (60, 2)), examples=3, matrix=matrix)
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_unshared_convolution_is_a_dense_layer_at_each_position(use_bias):
     x = normal(0, 3, 5, 4, 2)
     model = nn.ConvLocal(6, (3, 2), padding="VALID", use_bias=use_bias, param_dtype=float)
-    params = model.init(jax.random.key(0), x)["params"]
+    params = init(model, x)
     seen = patches(np.asarray(x), (3, 2), (1, 1), [(0, 0), (0, 0)]).reshape(3, 3, 3, 6, 2)
 
     def matrix(kernel):  # from [input * window, output] to the window outermost
         return kernel.reshape(2, 6, 6).swapaxes(0, 1).reshape(12, 6)
 
-    y = model.apply({"params": params}, x)
+    y = quick_jit(model.apply)({"params": params}, x)
     for position in np.ndindex(3, 3):
         bias = params["bias"][position][None] if use_bias else 0
         by_hand = seen[:, *position].reshape(3, 12) @ matrix(np.asarray(params["kernel"][position])) + bias
@@ -164,7 +157,7 @@ def test_unshared_convolution_is_a_dense_layer_at_each_position(use_bias):
     gradients, updates, _ = gradients_and_updates(model, x)
     for position in np.ndindex(3, 3):
         one = [{name: leaf[position] for name, leaf in tree.items()} for tree in (gradients, updates)]
-        assert_update(*one, np.reshape(x, (60, 2)), examples=3, matrix=matrix, window=6)
+        assert_update(*one, np.reshape(x, (60, 2)), examples=3, matrix=matrix)
 
 
 @pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated")
@@ -173,7 +166,7 @@ def test_attention_projections_equal_dense_layers(attention):
     x = normal(0, 3, 5, 4)
     model = attention(num_heads=2, qkv_features=6, out_features=3, param_dtype=float)
     gradients, updates, _ = gradients_and_updates(model, x)
-    params = model.init(jax.random.key(0), x)["params"]
+    params = init(model, x)
     _, captured = model.apply({"params": params}, x, capture_intermediates=True, mutable=["intermediates"])
     q, k, v = (captured["intermediates"][name]["__call__"][0] for name in ("query", "key", "value"))
     weights = jax.nn.softmax(jnp.einsum("nqhd,nkhd->nhqk", q, k) / np.sqrt(3), axis=-1)
@@ -192,7 +185,7 @@ def test_recurrent_layers_pool_their_inputs_over_all_steps(cell):
     x = normal(0, 3, 6, 4)
     one_cell = cell(5, param_dtype=float)
     model = nn.RNN(one_cell, variable_axes={"intermediates": 0})
-    params = model.init(jax.random.key(0), x)["params"]
+    params = init(model, x)
     carry, states = one_cell.initialize_carry(jax.random.key(0), (3, 4)), []
     for t in range(6):
         states.append(np.asarray(carry[1] if isinstance(carry, tuple) else carry))
@@ -215,7 +208,6 @@ def test_convolutional_lstm_pools_over_steps_and_positions():
         np.reshape(x, (96, 2)),
         examples=2,
         matrix=lambda kernel: kernel.reshape(18, 12),
-        window=9,
     )
 
 
@@ -258,10 +250,10 @@ def test_layers_of_the_users_own_are_recorded_where_they_say_so():
     x = normal(0, 6, 5)
     layers = bnp.linen.find_layers(LoRA(3), x)
     assert list(layers) == ["frozen", "a", "b"]
-    params = LoRA(3).init(jax.random.key(0), x)["params"]
+    params = init(LoRA(3), x)
     gradients, updates, _ = gradients_and_updates(LoRA(3), x, params=params)
     for name, inputs in (("a", x), ("b", x @ params["a"])):
-        expected, _ = bnp_update(np.asarray(inputs), 6, np.asarray(gradients[name]))
+        expected, _ = step_of_batch(inputs, 6, np.asarray(gradients[name]))
         np.testing.assert_allclose(updates[name], expected, rtol=1e-8)
     assert LoRA(3).apply({"params": params}, x, mutable=["intermediates"])[1] == {}
 
