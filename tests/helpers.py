@@ -107,10 +107,9 @@ def abstract(tx):
     return optax.GradientTransformationExtraArgs(*(functools.partial(jax.eval_shape, function) for function in tx))
 
 
-def train(tx, gradients, params, batches, state=None):
+def train(tx, gradients, params, batches):
     """Returns parameters and state after a step on each batch, a tuple of the arguments of `gradients`."""
-    step = quick_jit(make_step(tx, gradients))
-    state = quick_jit(tx.init)(params) if state is None else state
+    step, state = quick_jit(make_step(tx, gradients)), quick_jit(tx.init)(params)
     for batch in batches:
         params, state = step(params, state, *batch)
     return params, state

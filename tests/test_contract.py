@@ -124,7 +124,7 @@ def test_a_donated_state_is_used_up_and_changes_no_result(entry):
         before, actual = actual, donating(*actual, *batch)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
         expected = plain(*expected, *batch)
-    chex.assert_trees_all_equal(actual, expected)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_frozen_dict_parameters_are_like_dicts(tx):
@@ -275,21 +275,13 @@ def test_injected_schedules_equal_plain_numbers_at_each_step(entry):
         "eps": optax.linear_schedule(1e-2, 1e-4, 4),
         "eps_relative": optax.linear_schedule(0.1, 0.01, 4),
     }
-    scheduled, injected = (
-        compiled(entry.injected(**options)) for options in (schedules, dict.fromkeys(schedules, 0.0))
-    )
-    state, plain_state = (tx.init(problem().params) for tx in (scheduled, injected))
+    injected = compiled(entry.injected(**schedules))
+    plain = quick_jit(lambda numbers, state: update(entry.optimizer(**numbers), state))
+    state, plain_state = (tx.init(problem().params) for tx in (injected, entry.optimizer()))
     for step in range(4):
-        numbers = {name: jnp.float32(schedule(step)) for name, schedule in schedules.items()}
-        expected, plain_state = update(injected, with_hyperparameters(plain_state, numbers))
-        actual, state = update(scheduled, state)
+        expected, plain_state = plain({name: schedule(step) for name, schedule in schedules.items()}, plain_state)
+        actual, state = update(injected, state)
         chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
-
-
-def with_hyperparameters(state, numbers):
-    """Returns the state of an optimizer with these injected hyperparameters, as a user changes them."""
-    injected, *behind = state
-    return (injected._replace(hyperparams={**injected.hyperparams, **numbers}), *behind)
 
 
 @pytest.mark.parametrize(

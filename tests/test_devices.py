@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import bnp_optax as bnp
@@ -141,7 +142,8 @@ def test_nnx_optimizer_of_a_model_that_says_how_it_is_split():
 def test_a_forgotten_axis_name_is_refused():
     """Even on one device JAX sees that the state would differ between devices."""
     layers = bnp.Layers((bnp.Layer.dense(("w",), (2, 1)),))
-    params, x, mesh = {"w": jnp.ones((2, 1))}, jnp.ones((4, 2)), jax.make_mesh((1,), ("data",))
+    params, x = {"w": jnp.ones((2, 1))}, jnp.ones((4, 2))
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
     tx = bnp.scale_by_bnp(layers)
 
     def update(state, x):

@@ -69,6 +69,7 @@ def compiled_bytes(model, x, preconditioned):
     )
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="the XLA of older JAX keeps activations for longer")
 @pytest.mark.parametrize(
     ("model", "shape", "dtype"),
     [

@@ -99,16 +99,13 @@ def calls_of(function):
         (transformation, ("look up", "init", "update")),
     ],
 )
-def test_twice_as_many_layers_take_at_most_twice_as_many_calls(make, kinds):
+def test_another_layer_takes_as_many_calls_as_those_before(make, kinds):
+    """From 50 to 100 layers there are twice as many more as from 25 to 50; were it quadratic, four times as many."""
     counts = {kind: [] for kind in kinds}
-    for length in LENGTHS:
+    for length in (LENGTHS[0], *LENGTHS):  # the first time for what JAX keeps of operations that it has seen
         layers, works = make(length)
         assert len(layers) == length
         for kind in kinds:
-            works[kind]()  # for what JAX keeps of operations on such shapes
-        _, works = make(length)
-        for kind in kinds:
             counts[kind].append(calls_of(works[kind]))
-    for few, more, most in counts.values():
-        assert more <= 2.05 * few, counts
-        assert most <= 2.05 * more, counts
+    for _, few, more, most in counts.values():
+        assert most - more <= 2.1 * (more - few), counts

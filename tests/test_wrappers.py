@@ -11,7 +11,7 @@ import optax.contrib
 import pytest
 from flax.training.train_state import TrainState
 from helpers import compiled, make_step, muon_dimensions, quick_jit, statistics_in
-from transformations import GRADIENTS_AND_RECORDS, SGD, TRANSFORMATIONS, Transformation, problem
+from transformations import GRADIENTS_AND_RECORDS, SGD, TRANSFORMATIONS, problem
 
 import bnp_optax as bnp
 
@@ -65,7 +65,9 @@ WRAPPERS = {
     "clipping": lambda entry: optax.chain(
         alone(entry), optax.clip_by_global_norm(1.0), optax.zero_nans(), optax.add_decayed_weights(1e-4), SGD
     ),
-    "clipping before": lambda entry: optax.chain(optax.clip_by_global_norm(1.0), entry.optimizer()),
+    "clipping and decay around": lambda entry: optax.chain(
+        optax.clip_by_global_norm(1.0), entry.optimizer(), optax.add_decayed_weights(-1e-4)
+    ),
     "before Adam": lambda entry: optax.chain(alone(entry), optax.adamw(1e-3)),
 }
 
@@ -116,7 +118,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module", params=TRANSFORMATIONS)
-def entry(request) -> Transformation:
+def entry(request):
     return TRANSFORMATIONS[request.param]
 
 
