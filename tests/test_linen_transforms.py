@@ -314,61 +314,6 @@ def test_accumulation_over_micro_batches_of_a_scanned_model():
     assert_same(accumulated(params, x), whole(params, x))
 
 
-class Branches(nn.Module):
-    """Two branches, and a layer after them."""
-
-    conditional: bool
-
-    def setup(self):
-        self.branches = [nn.Dense(4, param_dtype=float), Block()]
-        self.last = nn.Dense(2, param_dtype=float)
-
-    def __call__(self, x, index):
-        branches = [lambda module, x, k=k: module.branches[k](x) for k in range(2)]
-        if self.is_initializing():
-            for branch in branches:
-                branch(self, x)
-        chosen = (nn.cond, index == 0, *branches) if self.conditional else (nn.switch, index, branches)
-        transform, *arguments = chosen
-        return self.last(transform(*arguments, self, x))
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["cond", "switch"])
-def branches(request):
-    """Input, statistics at the start, and a compiled step, which the index of the branch is given."""
-    model, x = Branches(request.param), normal(0, 6, 4)
-    layers = bnp.linen.find_layers(model, x, 0)
-    assert list(layers) == ["branches_0", "branches_1/up", "branches_1/down", "last"]
-    params = init(model, x, 0)
-    tx = bnp.scale_by_bnp(layers, decay=0.5)
-
-    def run(params, x, index):
-        return bnp.linen.capture(model, layers=layers)({"params": params}, x, index)
-
-    @quick_jit
-    def step(state, index):
-        gradients, records = gradients_and_records(run)(params, (x, index))
-        return tx.update(gradients, state, intermediates=records)
-
-    return x, tx.init(params), step
-
-
-@pytest.mark.parametrize("taken", [0, 1])
-def test_only_the_branch_that_is_taken_absorbs_the_batch(taken, branches):
-    x, start, step = branches
-    updates, state = step(start, taken)
-    for k, (path, update) in enumerate(
-        {"branches_0": updates["branches_0"], "branches_1/up": updates["branches_1"]["up"]}.items()
-    ):
-        if k == taken:
-            assert state[path].seen == 6
-            np.testing.assert_allclose(state[path].mean.ravel(), 0.5 * x.mean(0), rtol=1e-10)
-        else:
-            assert_same(state[path], start[path])
-            assert not np.any(update["kernel"])
-    assert state["last"].seen == 6
-
-
 @pytest.mark.parametrize("lift", ["scan", "vmap", "rnn"])
 def test_missing_variable_axis_is_named_while_tracing(lift):
     x = jnp.ones((2, 3, 4))
