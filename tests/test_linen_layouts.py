@@ -123,6 +123,18 @@ def test_einsum_that_is_no_linear_layer_is_excluded(equation, kernel):
         }
 
 
+def test_einsum_that_is_a_linear_layer_in_one_of_its_calls_alone_is_excluded():
+    class Both(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            einsum = nn.Einsum((4, 4), use_bias=False, param_dtype=float, name="einsum")
+            return einsum(einsum(x, "ni,io->no"), "no,io->nio")
+
+    layers = bnp.linen.find_layers(Both(), normal(0, 6, 4))
+    (excluded,) = layers.excluded
+    assert (list(layers), excluded.reason) == ([], "its einsum is not the contraction of an input with the kernel")
+
+
 @pytest.mark.parametrize("transpose_kernel", [True, False])
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_transposed_convolution_uses_the_statistics_of_its_channels(transpose_kernel, use_bias):

@@ -336,6 +336,21 @@ def test_missing_variable_axis_is_named_while_tracing(lift):
     assert bnp.linen.capture(model, layers=layers)({"params": params}, x)[1] == {}
 
 
+def test_a_layer_one_of_whose_calls_is_not_recorded_is_excluded():
+    """Or its statistics would be those of the other calls alone."""
+
+    class Repeated(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            dense = nn.Dense(4, param_dtype=float, name="dense")
+            x = dense(x)
+            step = lambda module, carry: (carry[0] + 1, jnp.tanh(module(carry[1])))  # noqa: E731
+            return nn.while_loop(lambda _, carry: carry[0] < 2, step, dense, (0, x), broadcast_variables="params")[1]
+
+    (reason,) = {other.reason for other in bnp.linen.find_layers(Repeated(), normal(0, 6, 4)).excluded}
+    assert reason == "inside a transform without 'intermediates': 0 in its variable_axes"
+
+
 def test_records_on_another_axis_are_refused():
     model = nn.vmap(nn.Dense, variable_axes={"params": 0, "intermediates": 1}, split_rngs=SPLIT, in_axes=0)(4)
     layers = bnp.linen.find_layers(model, jnp.ones((3, 5, 7), jnp.float32))
