@@ -206,7 +206,8 @@ def registered(
     splits = []
     for name, roles in ((kernel, kernel_roles), (bias, bias_roles)):
         if name is not None and name not in parameters:
-            raise ValueError(f"{where} has no parameter {name!r}. Call register after self.param, with its name.")
+            remedy = "Call register after self.param, or where its nnx.Variable is set, with its name."
+            raise ValueError(f"{where} has no parameter {name!r}. {remedy}")
         shape, roles = ((), "") if name is None else (parameters[name].shape, roles)
         if len(shape) != len(roles):
             raise ValueError(f"{where}/{name} has shape {shape}, but {len(roles)} roles {roles!r}: give one an axis.")

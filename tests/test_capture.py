@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -215,6 +216,51 @@ def test_unshared_convolutions_can_be_chosen():
     _, plain = bnp.linen.capture(model)({"params": params}, x)
     _, chosen = bnp.linen.capture(model, layers=layers)({"params": params}, x)
     assert_same(chosen, plain)
+
+
+class DenseAndMore(nn.Dense):
+    """A layer of Flax beside a parameter that is no array."""
+
+    @nn.compact
+    def __call__(self, x):
+        self.param("pair", lambda key: (jnp.ones(2), jnp.ones(3)))
+        return super().__call__(x)
+
+
+class LinearAndMore(nnx.Linear):
+    """The same in NNX."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.cache = nnx.Cache({"a": jnp.ones(2)})
+
+
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_what_a_layer_has_beside_its_arrays_is_no_matter(api):
+    if api == "linen":
+        model = DenseAndMore(3, param_dtype=float)
+        layers = bnp.linen.find_layers(model, X)
+        _, records = bnp.linen.capture(model)({"params": init(model, X)}, X)
+    else:
+        model = make(LinearAndMore, 4, 3)
+        layers = bnp.nnx.find_layers(model, X)
+        _, records = bnp.nnx.capture(model)(X)
+    assert list(layers) == list(records) == ["kernel"]
+    assert_moments(records["kernel"], np.asarray(X), examples=5)
+
+
+class Trainer:
+    """Not a module, whose method takes one."""
+
+    def forward(self, model, x):
+        return model(x)
+
+
+def test_a_method_of_what_is_no_module_takes_its_model_as_an_argument():
+    model = make(nnx.Linear, 4, 3)
+    layers = bnp.nnx.find_layers(model, X)
+    _, records = bnp.nnx.capture(Trainer().forward, layers=layers)(model, X)
+    assert_moments(records["kernel"], np.asarray(X), examples=5)
 
 
 def test_functions_and_methods_of_nnx_are_captured():

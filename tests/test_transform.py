@@ -4,7 +4,6 @@ What it shares with the other transformations is in test_contract.py and test_wr
 """
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +13,7 @@ from helpers import compiled, cross_entropy, gradients_and_records, init, make_s
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import absorbed, bnp_step, running_decay
-from transformations import DENSE, dense_params, dense_record, problem
+from transformations import DENSE, Net, dense_params, dense_record, problem
 
 import bnp_optax as bnp
 
@@ -85,17 +84,8 @@ def test_three_steps_equal_the_papers_algorithm(variance, prior):
     run()
 
 
-class CNN(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.Conv(4, (3, 3), strides=2)(x))
-        x = nn.LayerNorm()(x.reshape(x.shape[0], -1))
-        x = nn.relu(nn.Dense(8, use_bias=False)(x))
-        return nn.Dense(3)(x)
-
-
 def test_the_chain_trains_under_jit_with_one_compilation():
-    model, x = CNN(), normal(0, 16, 6, 6, 2)
+    model, x = Net(), normal(0, 16, 6, 6, 2)
     y = jnp.asarray(np.random.default_rng(1).integers(0, 3, 16))
     params = init(model, x)
     tx = optax.chain(

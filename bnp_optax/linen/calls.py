@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -111,9 +111,9 @@ def register(
 
 
 def parameters(module: nn.Module) -> dict[str, jax.Array]:
-    """Returns the parameters of a module by name, as they are inside the transforms around it."""
-    own = module.variables.get("params", {})
-    return {name: nn.unbox(value) for name, value in own.items() if not isinstance(value, Mapping)}
+    """Returns the arrays among a module's own parameters by name, as they are inside the transforms around it."""
+    own = nn.unbox(module.variables.get("params", {}))
+    return {name: value for name, value in own.items() if hasattr(value, "shape")}
 
 
 def _class_called(context: InterceptorContext) -> type[nn.Module] | None:

@@ -158,5 +158,6 @@ def register(
 
 
 def parameters(module: nnx.Module) -> dict[str, jax.Array]:
-    """Returns the variables of a module itself by name, as they are inside the transforms around it."""
-    return {name: value[...] for name, value in vars(module).items() if isinstance(value, nnx.Variable)}
+    """Returns the arrays among a module's own variables by name, as they are inside the transforms around it."""
+    own = {name: value for name, value in vars(module).items() if isinstance(value, nnx.Variable)}
+    return {name: variable[...] for name, variable in own.items() if hasattr(variable.get_value(), "shape")}

@@ -60,7 +60,8 @@ def capture(
     """
 
     def call_and_record(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, InputMoments]]:
-        module = model if isinstance(model, nnx.Module) else getattr(model, "__self__", args[0] if args else None)
+        # as nnx.capture finds it: the model, that of a bound method, or a function's first argument
+        module = next((m for m in (model, getattr(model, "__self__", None), *args) if isinstance(m, nnx.Module)), None)
         expected = None if layers is None else _expected(module, layers)
         with observe(_Recorder(axis_name, expected_only=layers is not None)):
             y, intermediates = nnx.capture(model, nnx.Intermediate, init=expected)(*args, **kwargs)
