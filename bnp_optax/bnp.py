@@ -128,7 +128,7 @@ def scale_by_bnp(
         state: Statistics,
         params: optax.Params | None = None,
         *,
-        intermediates: Any,
+        intermediates: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Statistics]:
         del params, extra_args
@@ -225,7 +225,7 @@ def preconditioned(
         state: optax.OptState,
         params: optax.Params | None = None,
         *,
-        intermediates: Any,
+        intermediates: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, PreconditionedState]:
         if not isinstance(state, PreconditionedState):
@@ -329,7 +329,15 @@ class _Variables:
 
     def init(self, params: optax.Params) -> Statistics:
         """Returns the statistics of the start, in the dtype that the parameters ask for."""
-        kernels = [kernel for kernel, _ in LayerTree.of(params, self.layers).weights.values()]
+        tree = LayerTree.of(params, self.layers)
+        if self.layers.complete and (unlisted := tree.unlisted(self.layers)):
+            raise ValueError(
+                f"The parameters hold {', '.join(unlisted[:6])}{', ...' if len(unlisted) > 6 else ''}, which the pass "
+                "that find_layers saw does not have. Join what it finds in each method, find_layers(..., method=a) | "
+                "find_layers(..., method=b); what no layer of the model has passes unchanged with "
+                "dataclasses.replace(layers, complete=False)."
+            )
+        kernels = [kernel for kernel, _ in tree.weights.values()]
         dtype = statistics_dtype(np.result_type(np.float32, *(kernel.dtype for kernel in kernels)))
         return initial(self.packing, dtype, self.options)
 
@@ -338,6 +346,13 @@ class _Variables:
     ) -> tuple[Statistics, Table]:
         """Returns the statistics after a batch, and what the layers' coordinates are made of."""
         check(statistics, self.packing)
+        if intermediates is None:
+            raise TypeError(
+                "update wants intermediates=, the records that capture(model)(...) returned beside the output, or "
+                "KEEP_STATISTICS. What stands between your loop and update has to hand it on, as optax.chain and "
+                "bnp_optax.linen.TrainState do; where something drops it, bind it: "
+                "functools.partial(tx.update, intermediates=records)."
+            )
         records = None if intermediates is KEEP_STATISTICS else find_records(layers.values(), intermediates)
 
         def absorb_and_tabulate(

@@ -23,6 +23,8 @@ from bnp_optax.table import table
 
 Path = tuple[str, ...]
 
+NOT_CALLED, NOT_SELECTED = "not called in this pass", "not selected"
+
 _LIFTED = "0123456789"
 _ORDER = _LIFTED + "sgiwo"
 
@@ -128,7 +130,10 @@ class Layer:
       bias: its bias, ``None`` for a layer without one.
       record: the name among the records of its :class:`~bnp_optax.InputMoments`, mostly its own path.
       record_axes: the leading axes that the model's own transforms add to that record, outermost
-        first: ``s`` an axis of the kernel's stack, ``e`` examples, ``r`` repeated calls (time steps).
+        first: ``s`` an axis of the kernel's stack, ``r`` repeated calls (time steps), ``e`` examples if the input that
+        is recorded has no axis of them, and repeated calls otherwise.
+      calls: how often the pass that found it calls it.
+      examples: N of that pass, ``None`` if unknown. Neither makes another layer of it: they are not compared.
 
     Example:
       >>> layer = Layer.dense(("encoder", "kernel"), (784, 100), bias=("encoder", "bias"))
@@ -141,6 +146,8 @@ class Layer:
     bias: Parameter | None
     record: str
     record_axes: str = ""
+    calls: int = dataclasses.field(default=1, compare=False)
+    examples: int | None = dataclasses.field(default=None, compare=False)
 
     @classmethod
     def dense(
@@ -214,6 +221,8 @@ class Layers(Mapping[str, Layer]):
     Attributes:
       included: the layers to precondition, in the order in which the model calls them.
       excluded: the parameters that pass unchanged, each with the reason.
+      complete: whether these are all parameters that there are, as ``find_layers`` says: then ``init`` refuses a tree
+        that holds others. Of layers made by hand, others pass unchanged.
 
     Raises:
       ValueError: if two layers claim the same parameter.
@@ -237,6 +246,7 @@ class Layers(Mapping[str, Layer]):
 
     included: tuple[Layer, ...]
     excluded: tuple[Excluded, ...] = ()
+    complete: bool = False
 
     def __post_init__(self) -> None:
         claims = collections.Counter(parameter.name for layer in self.included for parameter in layer.parameters)
@@ -273,17 +283,80 @@ class Layers(Mapping[str, Layer]):
         chosen = tuple(layer for layer in self.included if predicate(layer))
         kept = {layer.path for layer in chosen}
         dropped = tuple(
-            Excluded(parameter.path, parameter.shape, "not selected")
+            Excluded(parameter.path, parameter.shape, NOT_SELECTED)
             for layer in self.included
             if layer.path not in kept
             for parameter in layer.parameters
         )
-        return Layers(chosen, self.excluded + dropped)
+        return Layers(chosen, self.excluded + dropped, self.complete)
+
+    def under(self, *keys: str) -> "Layers":
+        """Returns the layers as they are in a tree that holds their parameters beneath these keys.
+
+        The names of layers and records change alike, so that ``intermediates`` hold the records beneath the same keys.
+
+        Args:
+          *keys: the keys, outermost first.
+
+        Returns:
+          A new :class:`Layers`.
+
+        Example:
+          >>> layers = Layers((Layer.dense(("Dense_0", "kernel"), (8, 4)),))
+          >>> list(layers.under("policy", "params") | layers.under("value", "params"))
+          ['policy/params/Dense_0', 'value/params/Dense_0']
+        """
+
+        def move(parameter: Parameter) -> Parameter:
+            return dataclasses.replace(parameter, path=(*keys, *parameter.path))
+
+        included = (
+            dataclasses.replace(
+                layer,
+                kernel=move(layer.kernel),
+                bias=None if layer.bias is None else move(layer.bias),
+                record=layer_name((*keys, layer.record)),
+            )
+            for layer in self.included
+        )
+        excluded = (dataclasses.replace(other, path=(*keys, *other.path)) for other in self.excluded)
+        return Layers(tuple(included), tuple(excluded), self.complete)
+
+    def __or__(self, other: Mapping[str, Layer]) -> "Layers":
+        """Returns the layers of both: of two networks in one tree, or of two methods of one model.
+
+        A layer that both include is one. What one includes and the other excludes is included if it was not called
+        there, or not selected, and excluded if it could not be preconditioned.
+        """
+        if not isinstance(other, Layers):
+            return NotImplemented
+        both = dict.fromkeys(self.included + other.included)
+        reasons = {each.path: each for each in (*other.excluded, *self.excluded)}
+        barred = {path for path, each in reasons.items() if each.reason not in (NOT_CALLED, NOT_SELECTED)}
+        included = tuple(layer for layer in both if not any(parameter.path in barred for parameter in layer.parameters))
+        covered = {parameter.path for layer in included for parameter in layer.parameters}
+        excluded = tuple(each for path, each in reasons.items() if path not in covered)
+        return Layers(included, excluded, self.complete and other.complete)
 
     def __str__(self) -> str:
         rows = []
         for layer in self.included:
             names = ", ".join(parameter.path[-1] for parameter in layer.parameters)
+            if layer.calls > 1:
+                names += f", called {layer.calls} times"
             size = sum(parameter.size for parameter in layer.parameters)
             rows.append((layer.path, layer.kind, layer.kernel.shape, layer.fan_in, names, size))
-        return table(rows, [("/".join(other.path), other.shape, other.reason) for other in self.excluded])
+        excluded = [("/".join(other.path), other.shape, other.reason) for other in self.excluded]
+        return table(rows, excluded) + self._examples()
+
+    def _examples(self) -> str:
+        """Says what was taken for N, the examples of a batch."""
+        by_number = collections.defaultdict(list)
+        for layer in self.included:
+            if layer.examples is not None:
+                by_number[layer.examples].append(layer.path)
+        if not by_number:
+            return ""
+        common, *others = sorted(by_number, key=lambda number: -len(by_number[number]))
+        but = "".join(f", but {number:,} of {', '.join(by_number[number])}" for number in others)
+        return f"\nN, the examples of a batch, is the first axis of a layer's input: {common:,} here{but}."

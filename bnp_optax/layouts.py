@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.linen.recurrent import DenseParams
 
+from bnp_optax.layers import NOT_CALLED
 from bnp_optax.moments import InputMoments, input_moments
 
 Split = tuple[tuple[int, ...], str]  # a shape whose axes play one role each, and those roles
@@ -314,6 +315,6 @@ def reason_to_exclude(module: Any) -> str:
     for cls in LAYERS:
         if isinstance(module, cls):
             if type(module).__call__ is cls.__call__:
-                return "not called in this pass"
+                return NOT_CALLED
             return f"{name} overrides __call__ and does not call that of {cls.__name__} in this pass"
     return f"{name} is not one of Flax's linear layers; register makes it known if it is linear"

@@ -75,15 +75,19 @@ def by_layer(intermediates: Any) -> dict[str, InputMoments]:
       >>> record = input_moments(jnp.ones((2, 3)))
       >>> list(by_layer({"encoder": {"Dense_0": {"kernel_input": record}}, "experts": {"w_input": record}}))
       ['encoder/Dense_0', 'experts/w']
+      >>> list(by_layer({"policy": {"Dense_0": record}, "value": {"Dense_0": record}}))  # of two captures
+      ['policy/Dense_0', 'value/Dense_0']
     """
     with_keys = jax.tree_util.tree_leaves_with_path(intermediates, is_leaf=_is_record)
     records = {}
     for keys, leaf in with_keys:
         if _is_record(leaf):
             path = as_path(keys)
-            while not path[-1].endswith(_SUFFIX) and len(path) > 1:  # a box (nnx.Intermediate) adds a key
-                path = path[:-1]
-            records[layer_name((*path[:-1], path[-1].removesuffix(_SUFFIX)))] = leaf
+            own = [depth for depth, key in enumerate(path, 1) if key.endswith(_SUFFIX)]
+            if own:
+                path = path[: own[-1]]  # a box (nnx.Intermediate) adds a key
+                path = (*path[:-1], path[-1].removesuffix(_SUFFIX))
+            records[layer_name(path)] = leaf
     return records
 
 

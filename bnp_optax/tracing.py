@@ -175,7 +175,7 @@ def find(
         if path not in covered:
             owner = max((known for known in why if path[: len(known)] == known), key=len)
             excluded.append(Excluded(path, shape, why[owner]))
-    return Layers(tuple(layers.values()), tuple(excluded))
+    return Layers(tuple(layers.values()), tuple(excluded), complete=True)
 
 
 def _trace(trace: Callable[[Watch], Traced], log: Log, remedy: str) -> Traced:

@@ -33,7 +33,8 @@ class LayerTree:
     Attributes:
       layers: the layers whose kernel the tree holds, by path. A masked kernel takes its layer out; a masked bias is a
         constant to the transformation, so that its layer is one without bias.
-      leaves: all leaves by path, in the order of the tree; a boxed parameter has the path of its box.
+      leaves: all leaves by path, in the order of the tree; a boxed parameter has the path of its box. If all layers lie
+        beneath one key, as in ``{"params": ...}``, the paths begin there, and those outside with ``".."``.
       treedef: the structure of the tree.
 
     Example:
@@ -58,22 +59,28 @@ class LayerTree:
           layers: the layers that describe them.
 
         Raises:
-          ValueError: if the tree lacks a parameter of a layer, or has it in another shape.
+          ValueError: if the tree lacks a parameter of a layer, or has it in another shape, or if the layers may lie
+            beneath several keys.
         """
-        parameters = {parameter.path for layer in layers.included for parameter in layer.parameters}
         with_keys, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_masked)
-        leaves = {}
-        for keys, leaf in with_keys:
-            path = as_path(keys)
-            leaves[path[:-1] if path[:-1] in parameters else path] = leaf
-        if not leaves:  # optax.tree.map_params calls init with a placeholder that has no leaves
-            return cls({}, leaves, treedef)
+        paths = [as_path(keys) for keys, _ in with_keys]
+        if not paths:  # optax.tree.map_params calls init with a placeholder that has no leaves
+            return cls({}, {}, treedef)
+        leaves = dict(zip(paths, (leaf for _, leaf in with_keys), strict=True))
+        prefix = _prefix(leaves, layers)
+        parameters = _listed(layers)
+        leaves = {_without(prefix, parameters, path): leaf for path, leaf in leaves.items()}
         held = {}
         for layer in layers.included:
             own = [parameter for parameter in layer.parameters if _is_held(parameter, leaves)]
             if layer.kernel in own:
                 held[layer.path] = layer if layer.bias in own else dataclasses.replace(layer, bias=None)
         return cls(held, leaves, treedef)
+
+    def unlisted(self, layers: Layers) -> list[str]:
+        """Returns the names of the parameters that are neither in a layer nor excluded."""
+        listed = _listed(layers)
+        return ["/".join(path) for path, leaf in self.leaves.items() if path not in listed and not _is_masked(leaf)]
 
     @property
     def weights(self) -> dict[str, Weights]:
@@ -121,6 +128,49 @@ def _is_masked(leaf: Any) -> bool:
     return isinstance(leaf, optax.MaskedNode)
 
 
+def _parameters(layers: Layers) -> list[Parameter]:
+    return [parameter for layer in layers.included for parameter in layer.parameters]
+
+
+def _listed(layers: Layers) -> set[Path]:
+    """Returns the paths of all parameters that layers know of."""
+    return {other.path for other in layers.excluded} | {parameter.path for parameter in _parameters(layers)}
+
+
+def _prefix(leaves: Mapping[Path, Any], layers: Layers) -> Path:
+    """Returns the keys beneath which a tree holds all layers, ``()`` if it does not."""
+    unboxed = {path[:-1] for path in leaves}
+    masked = {path for path, leaf in leaves.items() if _is_masked(leaf)}
+
+    def holds_all(prefix: Path) -> bool:
+        paths = [(*prefix, *parameter.path) for parameter in _parameters(layers)]
+        return all(path in leaves or path in unboxed or _is_inside(path, masked) for path in paths)
+
+    if not layers or holds_all(()):
+        return ()
+    kernel = layers.included[0].kernel.path
+    ends = {path[: len(path) - len(kernel)] for path in (*leaves, *unboxed) if path[-len(kernel) :] == kernel}
+    prefixes = sorted(prefix for prefix in ends if holds_all(prefix))
+    if len(prefixes) > 1:
+        names = ", ".join("/".join(prefix) or "no key" for prefix in prefixes)
+        raise ValueError(
+            f"The parameters hold {layers.included[0].path} and all other layers beneath each of {names}. Say which: "
+            f"layers.under({', '.join(map(repr, prefixes[0]))}), and | for several networks."
+        )
+    return prefixes[0] if prefixes else ()
+
+
+def _is_inside(path: Path, masked: set[Path]) -> bool:
+    """Returns whether a mask is in the place of a path, or of a tree around it."""
+    return any(path[:depth] in masked for depth in range(1, len(path) + 1))
+
+
+def _without(prefix: Path, parameters: set[Path], path: Path) -> Path:
+    """Returns the path of a leaf beneath a prefix, without the key that a box adds."""
+    inner = path[len(prefix) :] if path[: len(prefix)] == prefix else ("..", *path)
+    return inner[:-1] if inner[:-1] in parameters else inner
+
+
 def _is_held(parameter: Parameter, leaves: Mapping[Path, Any]) -> bool:
     """Returns whether a tree holds a parameter, rather than a mask of it or of a tree around it."""
     if any(_is_masked(leaves.get(parameter.path[:depth])) for depth in range(1, len(parameter.path) + 1)):
@@ -129,7 +179,8 @@ def _is_held(parameter: Parameter, leaves: Mapping[Path, Any]) -> bool:
         raise ValueError(
             f"layers describes {parameter.name}, which the parameters do not hold. They hold "
             f"{', '.join('/'.join(path) for path in list(leaves)[:6])}{', ...' if len(leaves) > 6 else ''}. "
-            "Call find_layers on the model that made these parameters."
+            "Call find_layers on the model that made these parameters. If they are a part of the model's, take "
+            "layers.select(...); if they lie beneath other keys, layers.under(...)."
         )
     if (shape := jnp.shape(leaves[parameter.path])) != parameter.shape:
         raise ValueError(

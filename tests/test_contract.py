@@ -333,9 +333,9 @@ def test_layers_of_another_model_are_refused_by_init(entry):
 def test_missing_intermediates_are_a_type_error(entry):
     tx, params = abstract(entry.make(DENSE)), dense_params()
     state = tx.init(params)
-    with pytest.raises(TypeError, match="intermediates"):
+    with pytest.raises(TypeError, match=r"update wants intermediates=.* KEEP_STATISTICS"):
         tx.update(params, state, params)
-    with pytest.raises(TypeError, match=r"KEEP_STATISTICS, not NoneType"):
+    with pytest.raises(TypeError, match=r"update wants intermediates="):
         tx.update(params, state, params, intermediates=None)
 
 
