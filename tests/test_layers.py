@@ -1,9 +1,11 @@
+import itertools
 import math
+import re
 import string
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bnp_optax as bnp
@@ -115,15 +117,88 @@ def test_table_counts_what_is_covered():
     assert str(bnp.Layers(())).startswith("0 layers cover 0 of 0 parameters (0.0%).")
 
 
-def test_table_folds_repeated_blocks_and_fits_a_terminal():
-    path = ("a_module_with_quite_a_long_name", "of_another", "block_{}", "dense_{}", "kernel")
+def numbers_shown(ranges):
+    """Expands ``1-3,9`` to 1, 2, 3, 9, and ``0,2,...,8`` to 0, 2, 4, 6, 8; as many digits as the first has."""
+    numbers = []
+    for part in re.findall(r"\d+,\d+,\.\.\.,\d+|\d+-\d+|\d+", ranges):
+        first, *rest = re.findall(r"\d+", part)
+        step = int(rest[0]) - int(first) if len(rest) == 2 else 1
+        last = int(rest[-1] if rest else first)
+        numbers += [str(n).zfill(len(first)) for n in range(int(first), last + 1, step)]
+        assert numbers[-1] == (rest[-1] if rest else first)
+    return numbers
+
+
+def paths_shown(row):
+    """Expands the first column of a row to the paths that it stands for."""
+    name, _, count = row.strip().partition(" (")
+    texts, ranges = re.split(r"\[.*?\]", name), re.findall(r"\[(.*?)\]", name)
+    combinations = itertools.product(*map(numbers_shown, ranges))
+    paths = [texts[0] + "".join(map("".join, zip(numbers, texts[1:], strict=True))) for numbers in combinations]
+    assert len(paths) == int(count.removesuffix(")") or 1)
+    return paths
+
+
+words = st.sampled_from(["unit", "a_module_of_a_name_longer_than_forty_characters_"])
+names = st.builds("{}{}".format, words, st.sampled_from(["", *"01289", "10", "00", "01", "02", "09", "010"]))
+paths = st.lists(names, min_size=1, max_size=2).map(tuple)
+
+
+@settings(max_examples=200)
+@given(st.dictionaries(paths, st.integers(1, 2), min_size=1))
+def test_table_names_every_path_once(outputs):
+    """Of each path two parameters, of which one is in a layer and one excluded."""
     layers = bnp.Layers(
-        tuple(bnp.Layer.dense(tuple(part.format(k) for part in path), (16, 16 if k % 50 else 8)) for k in range(100)),
-        tuple(bnp.Excluded((f"norm_{k}", "scale"), (16,), "scale of a normalization") for k in range(100)),
+        tuple(bnp.Layer.dense((*path, "kernel"), (2, size)) for path, size in outputs.items()),
+        tuple(bnp.Excluded((*path, "scale"), (size,), "scale") for path, size in outputs.items()),
     )
-    lines = str(layers).splitlines()
-    assert len(lines) < 12
-    assert max(map(len, lines)) <= 100
-    assert any(line.endswith(f"{98 * 256:,}") and "block_[1-99]/dense_[1-99] (98)" in line for line in lines)
-    assert "  norm_[0-99]/scale (100)  16" in lines
-    assert sum("256" in line or "128" in line for line in lines) >= 2
+    included, excluded, _ = str(layers).split("\n\n")
+    shown = {}
+    for row in included.splitlines()[1:]:
+        name, _, kernel, *_, parameters = re.split(" {2,}", row)
+        assert int(parameters.replace(",", "")) == len(paths_shown(name)) * math.prod(map(int, kernel.split("x")))
+        shown[name] = [(path, kernel) for path in paths_shown(name)]
+    assert len(shown) == len(included.splitlines()) - 1
+    assert sorted(itertools.chain(*shown.values())) == sorted(
+        ("/".join(path), f"2x{size}") for path, size in outputs.items()
+    )
+
+    pairs = [re.split(" {2,}", row.strip()) for row in excluded.splitlines()[1:]]
+    shown = [(path, int(size)) for name, size in pairs for path in paths_shown(name)]
+    assert sorted(shown) == sorted((f"{'/'.join(path)}/scale", size) for path, size in outputs.items())
+
+
+@pytest.mark.parametrize(
+    ("names", "rows"),
+    [
+        ([f"unit{k:02}" for k in range(1, 13)], ["unit[01-12] (12)"]),
+        ([f"unit{k}" for k in (1, 2, 9)], ["unit[1-2,9] (3)"]),
+        (["unit1", "unit01", "unit2"], ["unit[1-2,01] (3)"]),
+        (["unit9", "unit09", "unit010"], ["unit[9,09,010] (3)"]),
+        ([f"layers_{k}" for k in range(0, 10, 2)], ["layers_[0,2,...,8] (5)"]),
+        ([f"b{k}/w{n}" for k in range(3) for n in range(2)], ["b[0-2]/w[0-1] (6)"]),
+        (["b0/w0", "b0/w1", "b1/w0", "b2/w0"], ["b[0-2]/w0 (3)", "b0/w1"]),
+        (["b0/w0", "b1/w1", "b2/w2"], ["b0/w0", "b1/w1", "b2/w2"]),
+        (["b0", "b1"], ["b0", "b1"]),
+        (["b#", "b1", "b2"], ["b#", "b1", "b2"]),
+    ],
+)
+def test_table_folds_full_grids_of_numbers(names, rows):
+    layers = bnp.Layers((), tuple(bnp.Excluded(tuple(name.split("/")), (3,), "scale") for name in names))
+    _, *lines = str(layers).split("\n\n")[0].splitlines()
+    assert [re.split(" {2,}", line.strip()) for line in lines] == [[row, "3"] for row in rows]
+
+
+def test_table_of_a_hundred_blocks_has_two_rows():
+    layers = bnp.Layers(
+        tuple(
+            bnp.Layer.dense((f"block_{k}", f"dense_{n}", "kernel"), (16, 16 if k % 50 else 8))
+            for k in range(100)
+            for n in range(2)
+        )
+    )
+    _, first, second, *_ = str(layers).splitlines()
+    assert first.startswith("block_[0,50]/dense_[0-1] (4) ")
+    assert first.endswith(f" {4 * 128}")
+    assert second.startswith("block_[1-49,51-99]/dense_[0-1] (196) ")
+    assert second.endswith(f" {196 * 256:,}")
