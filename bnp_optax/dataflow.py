@@ -12,13 +12,47 @@ nothing is computed; on the way it keeps which axis is which. Take a kernel that
 the scan's input ``t`` with all axes in their order, ``(0, 1, 2)``. ``t`` is ``w`` with the axes ``(1, 0, 2)``. Put
 together: the axes of ``k`` are the axes ``(1, 0, 2)`` of ``w``. Were ``w[3,4]`` a constant of the loop, the scan would
 stack copies of it: axes ``("loop", 0, 1)``.
+
+A second walk (:meth:`Dataflow.terms`) goes back from what a layer returns, through sums and changes of shape, to the
+products that it is a sum of. Of ``x @ w + b`` it finds the product of ``x`` and ``w``, and the term ``b``; of
+``x @ (0.1 * w) + b`` that ``0.1 * w`` is a factor, which is not ``w``.
 """
 
+import itertools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 LOOPED, MAPPED = "loop", "map"
+
+_PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"}
+# What keeps every number, or leaves some out, and puts them elsewhere.
+_MOVES = {
+    "transpose", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "rev", "slice", "pad", "concatenate", "copy",
+    "convert_element_type", "sharding_constraint", "reshard", "optimization_barrier", "name",
+}  # fmt: skip
+_SUMS = {"add", "add_any", "reduce_sum"}
+_MARK, PRIMAL = "name", "bnp_optax.primal"
+
+# A variable, with the jaxpr that it is of.
+Root = tuple[core.Jaxpr, Any]
+Roots = frozenset[Root]
+
+
+class Terms(NamedTuple):
+    """What a variable is the sum of.
+
+    Attributes:
+      terms: the roots of its terms.
+      products: of each product among them the roots of its factors.
+    """
+
+    terms: set[Root]
+    products: set[frozenset[Root]]
 
 
 class Origin(NamedTuple):
@@ -48,11 +82,78 @@ class Dataflow:
         if producer is None or isinstance(producer, int):
             return None if producer is None else Origin(producer, tuple(range(len(_shape(var)))))
         eqn, output = producer
+        if eqn.primitive.name == _MARK and eqn.params["name"] == PRIMAL:
+            return self.origin(*self._unstopped(jaxpr, eqn.invars[0]))
         if (step := self._step(eqn, output)) is None:
             return None
         if (operand := self.origin(jaxpr, eqn.invars[step.source])) is None:
             return None
         return Origin(operand.source, _compose(step.axes, operand.axes))
+
+    def roots(self, jaxpr: core.Jaxpr, var: Any) -> Roots:
+        """Returns the variables whose numbers this one holds, moved but not computed with: one, or one a branch."""
+        if isinstance(var, core.Literal):
+            return frozenset()
+        producer = self._producers_in(jaxpr).get(var)
+        itself = frozenset({(jaxpr, var)})
+        if not isinstance(producer, tuple):  # an input, or a constant
+            return itself
+        eqn, output = producer
+        name = eqn.primitive.name
+        if name == _MARK and eqn.params["name"] == PRIMAL:
+            return self.roots(*self._unstopped(jaxpr, eqn.invars[0]))
+        if name in _MOVES and jnp.issubdtype(var.aval.dtype, jnp.inexact):
+            moved = {self.roots(jaxpr, operand) for operand in _moved(eqn, output)}
+            return (moved.pop() if len(moved) == 1 else None) or itself
+        inside = [self._outside(self.roots(body, body.outvars[output]), jaxpr, eqn, k) for body, k in _bodies(eqn)]
+        return frozenset().union(*inside) if inside else itself
+
+    def terms(self, jaxpr: core.Jaxpr, var: Any) -> Terms:
+        """Takes a variable as a sum, and returns the roots of its terms, and of the factors of those that are products.
+
+        Of ``x @ w + b`` it is ``{b}`` and ``{{x, w}}``; of ``x @ (0.1 * w)`` the second factor is the root ``0.1 * w``.
+        """
+        producer = None if isinstance(var, core.Literal) else self._producers_in(jaxpr).get(var)
+        if isinstance(producer, tuple):
+            eqn, output = producer
+            name = eqn.primitive.name
+            if name in _PRODUCTS:
+                return Terms(set(), pairs(*(self.roots(jaxpr, operand) for operand in eqn.invars[:2])))
+            if name == _MARK and eqn.params["name"] == PRIMAL:
+                return self.terms(*self._unstopped(jaxpr, eqn.invars[0]))
+            if name in _SUMS or name in _MOVES:
+                return _union(self.terms(jaxpr, operand) for operand in _moved(eqn, output))
+            if bodies := _bodies(eqn):
+                return _union(self._terms_outside(body, output, jaxpr, eqn, first) for body, first in bodies)
+        return Terms(set(self.roots(jaxpr, var)), set())
+
+    def _terms_outside(self, body: core.Jaxpr, output: int, jaxpr: core.Jaxpr, eqn: core.JaxprEqn, first: int) -> Terms:
+        """Returns the terms of an output of an equation's body, as they are outside of it."""
+        terms, products = self.terms(body, body.outvars[output])
+        own = [k for k, var in enumerate(body.invars) if (body, var) in terms and not _is_carried(eqn, k)]
+        outside = set[frozenset[Root]]()
+        for factors in products:
+            outside |= pairs(*(self._outside(frozenset({root}), jaxpr, eqn, first) for root in factors))
+        inside = Terms(terms - {(body, body.invars[k]) for k in own}, outside)
+        return _union([inside, *(self.terms(jaxpr, eqn.invars[k + first]) for k in own)])
+
+    def _outside(self, roots: Roots, jaxpr: core.Jaxpr, eqn: core.JaxprEqn, first: int) -> Roots:
+        """Returns the roots of a variable inside an equation's body, some of which may be inputs of the equation."""
+        outside = set[Root]()
+        for body, var in roots:
+            own = body.invars.index(var) if var in body.invars else None
+            if own is None or _is_carried(eqn, own):
+                outside.add((body, var))
+            else:
+                outside |= self.roots(jaxpr, eqn.invars[own + first])
+        return frozenset(outside)
+
+    def _unstopped(self, jaxpr: core.Jaxpr, var: Any) -> Root:
+        """Returns what :func:`primal` was given: a gradient inside the program has no ``stop_gradient`` to show."""
+        producer = self._producers_in(jaxpr).get(var)
+        if isinstance(producer, tuple) and producer[0].primitive.name == "stop_gradient":
+            return jaxpr, producer[0].invars[0]
+        return jaxpr, var
 
     def _producers_in(self, jaxpr: core.Jaxpr) -> dict[Any, Any]:
         """Maps each variable to its number among the inputs, or to its equation and number among the outputs."""
@@ -88,11 +189,8 @@ class Dataflow:
 
     def _through_call(self, eqn: core.JaxprEqn, output: int) -> Origin | None:
         """For an equation that evaluates one jaxpr on its inputs: `jit`, `remat`, a function with a custom rule."""
-        inner = [getattr(param, "jaxpr", param) for param in eqn.params.values()]
-        inner = [jaxpr for jaxpr in inner if isinstance(jaxpr, core.Jaxpr)]
-        if len(inner) != 1 or _shapes(inner[0]) != _shapes(eqn):
-            return None
-        return self.origin(inner[0], inner[0].outvars[output])
+        body = _called(eqn)
+        return None if body is None else self.origin(body, body.outvars[output])
 
     def _through_scan(self, eqn: core.JaxprEqn, output: int) -> Origin | None:
         body, num_consts, num_carry = eqn.params["jaxpr"].jaxpr, eqn.params["num_consts"], eqn.params["num_carry"]
@@ -109,6 +207,66 @@ class Dataflow:
         if scanned:
             return Origin(inner.source, (0, *(axis + 1 if isinstance(axis, int) else axis for axis in inner.axes)))
         return Origin(inner.source, (LOOPED, *inner.axes))
+
+
+def made_in(closed: core.ClosedJaxpr) -> set[Any]:
+    """Returns the variables that a program makes, not of what a transform inside it has left behind."""
+    consts = zip(closed.jaxpr.constvars, closed.consts, strict=True)
+    made = {*closed.jaxpr.invars, *(var for var, const in consts if not isinstance(const, jax.core.Tracer))}
+    for eqn in closed.jaxpr.eqns:
+        if all(isinstance(operand, core.Literal) or operand in made for operand in eqn.invars):
+            made |= set(eqn.outvars)
+    return made
+
+
+def primal(tree: Any) -> Any:
+    """Returns arrays that can leave a gradient inside a program, and that the walks take for the arrays themselves."""
+    return jax.tree.map(lambda leaf: checkpoint_name(jax.lax.stop_gradient(leaf), PRIMAL), tree)
+
+
+def pairs(*factors: Roots) -> set[frozenset[Root]]:
+    """Returns the products of one root of each factor."""
+    return set(map(frozenset, itertools.product(*factors)))
+
+
+def _union(all_terms: Iterable[Terms]) -> Terms:
+    union = Terms(set(), set())
+    for terms in all_terms:
+        union = Terms(union.terms | terms.terms, union.products | terms.products)
+    return union
+
+
+def _moved(eqn: core.JaxprEqn, output: int) -> list[Any]:
+    """Returns which operands a sum or a move puts into an output."""
+    match eqn.primitive.name:
+        case "pad":
+            return eqn.invars[:1]  # not the value that fills it
+        case "optimization_barrier":
+            return [eqn.invars[output]]
+    return eqn.invars
+
+
+def _bodies(eqn: core.JaxprEqn) -> list[tuple[core.Jaxpr, int]]:
+    """Returns the jaxprs that an equation evaluates, each with the number of the equation's input that is its first."""
+    match eqn.primitive.name:
+        case "scan":
+            return [(eqn.params["jaxpr"].jaxpr, 0)]
+        case "cond":
+            return [(branch.jaxpr, 1) for branch in eqn.params["branches"]]
+    body = _called(eqn)
+    return [] if body is None else [(body, 0)]
+
+
+def _is_carried(eqn: core.JaxprEqn, k: int) -> bool:
+    """Returns whether an input of an equation's body is what a loop carries, another at each step."""
+    return eqn.primitive.name == "scan" and 0 <= k - eqn.params["num_consts"] < eqn.params["num_carry"]
+
+
+def _called(eqn: core.JaxprEqn) -> core.Jaxpr | None:
+    """Returns the jaxpr of an equation that evaluates one on its inputs, ``None`` for all others."""
+    inner = [getattr(param, "jaxpr", param) for param in eqn.params.values()]
+    inner = [jaxpr for jaxpr in inner if isinstance(jaxpr, core.Jaxpr)]
+    return inner[0] if len(inner) == 1 and _shapes(inner[0]) == _shapes(eqn) else None
 
 
 def _compose(axes: tuple[int | str, ...], operand: tuple[int | str, ...]) -> tuple[int | str, ...]:

@@ -306,6 +306,7 @@ class Layers(Mapping[str, Layer]):
           >>> list(layers.under("policy", "params") | layers.under("value", "params"))
           ['policy/params/Dense_0', 'value/params/Dense_0']
         """
+        keys = tuple(map(str, keys))
 
         def move(parameter: Parameter) -> Parameter:
             return dataclasses.replace(parameter, path=(*keys, *parameter.path))
@@ -331,7 +332,21 @@ class Layers(Mapping[str, Layer]):
         if not isinstance(other, Layers):
             return NotImplemented
         both = dict.fromkeys(self.included + other.included)
-        reasons = {each.path: each for each in (*other.excluded, *self.excluded)}
+        differing = [
+            layer.path for layer in self.included if layer.path in other and other[layer.path].kernel != layer.kernel
+        ]
+        if differing:
+            raise ValueError(
+                f"Both have a layer {differing[0]}, of other shapes: these are two models. Say where each has its "
+                "parameters, a.under(...) | b.under(...)."
+            )
+        several = [
+            Excluded(parameter.path, parameter.shape, "called in several ways")
+            for layer in self.included
+            if layer.path in other and other[layer.path] != layer
+            for parameter in layer.parameters
+        ]
+        reasons = {each.path: each for each in (*other.excluded, *self.excluded, *several)}
         barred = {path for path, each in reasons.items() if each.reason not in (NOT_CALLED, NOT_SELECTED)}
         included = tuple(layer for layer in both if not any(parameter.path in barred for parameter in layer.parameters))
         covered = {parameter.path for layer in included for parameter in layer.parameters}

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.linen.recurrent import DenseParams
+from jax.typing import ArrayLike
 
 from bnp_optax.layers import NOT_CALLED
 from bnp_optax.moments import InputMoments, input_moments
@@ -41,7 +42,7 @@ class Layout:
     groups: int = 1
     num_spatial: int = 0
 
-    def moments(self, x: jax.Array) -> InputMoments:
+    def moments(self, x: jax.Array, mask: ArrayLike | None = None, examples: ArrayLike | None = None) -> InputMoments:
         """Returns the record of an input, with an entry for each entry of the layer's own stack."""
         record = input_moments(
             x,
@@ -49,14 +50,18 @@ class Layout:
             stack_axes=self.stack_axes,
             groups=self.groups,
             num_spatial=self.num_spatial,
+            mask=mask,
+            examples=examples,
         )
         stack = math.prod(size for size, role in zip(*self.kernel, strict=True) if role == "s")
         shared: InputMoments = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (stack, *leaf.shape[1:])), record)
         return shared
 
-    def has_examples(self, ndim: int) -> bool:
-        """Returns whether an input of this rank has an axis of examples."""
-        return ndim - len(self.input_axes) - len(self.stack_axes) > self.num_spatial
+    def examples(self, x: jax.Array) -> int | None:
+        """Returns how many examples an input has, ``None`` if it has no axis of examples."""
+        kept = [axis % x.ndim for axis in (*self.input_axes, *self.stack_axes)]
+        sizes = [size for axis, size in enumerate(x.shape) if axis not in kept]
+        return sizes[0] if len(sizes) > self.num_spatial else None
 
 
 def dense(kernel: tuple[int, ...], input_axes: tuple[int, ...] = (-1,), stack_axes: tuple[int, ...] = ()) -> Layout:
@@ -169,12 +174,17 @@ class Product(NamedTuple):
       layout: the axis roles, or the reason why the kernel cannot be preconditioned.
       kernel: the kernel's name in the module.
       bias: the name of the bias that is added, ``None`` without one.
+      y: what must be the sum of the product of input and kernel as they stand and the bias, or the kernel itself;
+        ``None`` where only the layer's author knows.
+      is_of_x: whether the kernel is multiplied by the input itself, rather than something made of it.
     """
 
     x: Any
     layout: Layout | str
     kernel: str = "kernel"
     bias: str | None = "bias"
+    y: Any = None
+    is_of_x: bool = True
 
 
 def registered(
@@ -221,6 +231,7 @@ EMBEDDING = "embedding: its rows are looked up, not multiplied by an input"
 NORMALIZATION = "scale or shift of a normalization"
 MASKED = "masked kernel: its units see different inputs"
 COMPLEX = "complex parameters or input"
+NOT_ITS_OWN = "its kernel is not a parameter of its own"
 NO_CONTRACTION = "its einsum is not the contraction of an input with the kernel"
 
 
@@ -250,15 +261,16 @@ def _conv_transpose(module: Any, shapes: Shapes, x: Any, *_: Any) -> list[Produc
     return [Product(x, conv_transpose(shapes["kernel"], module.transpose_kernel))]
 
 
-def _conv_local(module: Any, shapes: Shapes, x: Any) -> list[Product]:
+def _conv_local(module: Any, shapes: Shapes, x: Any, *_: Any) -> list[Product]:
     window = module.kernel_size
-    return [Product(x, conv_local(shapes["kernel"], (window,) if isinstance(window, int) else tuple(window)))]
+    layout = conv_local(shapes["kernel"], (window,) if isinstance(window, int) else tuple(window))
+    return [Product(x, layout, is_of_x=False)]  # but by patches of it
 
 
 def _lora(module: Any, shapes: Shapes, x: Any, *_: Any) -> list[Product]:
     low_rank = jnp.matmul(*module.promote_dtype((x, module.lora_a[...]), dtype=module.dtype))
     a, b = dense(shapes["lora_a"]), dense(shapes["lora_b"])
-    return [Product(x, a, "lora_a", None), Product(low_rank, b, "lora_b", None)]
+    return [Product(x, a, "lora_a", None, y=low_rank), Product(low_rank, b, "lora_b", None, is_of_x=False)]
 
 
 # From a layer's class to the products of a call: a function of the module, the shapes of its parameters by name, and
@@ -286,22 +298,29 @@ _NORMALIZATIONS = tuple(
 )
 
 
-def products(cls: type[Any], module: Any, parameters: Mapping[str, jax.Array], *args: Any) -> list[Product]:
+def products(
+    cls: type[Any], module: Any, parameters: Mapping[str, jax.Array], result: Any, *args: Any
+) -> list[Product]:
     """Returns what a call of a layer of Flax multiplies.
 
     Args:
       cls: the class in :data:`LAYERS` whose ``__call__`` ran.
       module: the layer.
       parameters: its parameters by name, as they are inside the transforms around the call.
+      result: what the call returned.
       *args: the arguments of the call, defaults included.
     """
     shapes = {name: value.shape for name, value in parameters.items()}
+    if cls is not nnx.LoRA and "kernel" not in shapes:
+        return [Product(None, NOT_ITS_OWN)]
+    y = result[0] if cls is DenseParams else result  # it only returns its kernel and bias
     found = []
     for product in LAYERS[cls](module, shapes, *args):
         is_complex = jnp.iscomplexobj(parameters[product.kernel]) or jnp.iscomplexobj(product.x)
         is_masked = getattr(module, "mask", None) is not None
         layout = MASKED if is_masked else COMPLEX if is_complex else product.layout
-        found.append(product._replace(layout=layout, bias=product.bias if product.bias in parameters else None))
+        bias = product.bias if product.bias in parameters else None
+        found.append(product._replace(layout=layout, bias=bias, y=y if product.y is None else product.y))
     return found
 
 

@@ -23,27 +23,84 @@ VarianceRule = Literal["mixture", "batch"]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("mean", "variance", "examples", "positions"),
+    data_fields=("total", "scatter", "squared", "count", "positions"),
     meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True)
 class InputMoments:
-    """The record of one layer's input over one batch.
+    """The record of one layer's input over one batch, as sums.
+
+    Records of different batches (micro-batches, devices) may be stacked, or added, leaf by leaf, as ``psum`` and sums
+    over an axis do: either is the record of both. Stacked ones are pooled without loss; a sum loses digits where
+    batches are tiny and means hundreds of deviations. They must not be averaged: ``count`` is an integer, so that an
+    average shows, and ``update`` refuses it.
 
     Attributes:
-      mean: mean of every input feature; ``[..., stack, group, input]``, float32 (float64 where the
-        input was).
-      variance: biased variance, never negative; shape and dtype of ``mean``.
-      examples: N, how many examples the batch had; ``[..., stack]``, dtype of ``mean``.
-      positions: how many input vectors the moments average: N times the positions of an example
-        (1 for a dense layer on ``[N, n]``, the pixels of an image, the steps of a sequence);
-        shape and dtype of ``examples``.
+      total: sum of every input feature over the positions, ``p mean``; ``[..., stack, group, input]``, float32 (float64
+        where the input was).
+      scatter: sum of squared deviations from the mean of the batch; never negative; shape and dtype of ``total``.
+      squared: ``p mean^2``, which tells how far apart the means of added records are; shape and dtype of ``total``.
+      count: N, how many examples the batch had; ``[..., stack]``, int32. Negative if the input had no axis of them, as
+        under a `vmap`: then the mapped axis around has them.
+      positions: p, how many input vectors there were, or their summed weights: N times the positions of an example
+        (1 for a dense layer on ``[N, n]``, the pixels of an image, the steps of a sequence); ``[..., stack]``, dtype of
+        ``total``.
+
+    Example:
+      >>> first, second = input_moments(jnp.array([[1.0]])), input_moments(jnp.array([[3.0], [5.0]]))
+      >>> both = jax.tree.map(jnp.add, first, second)
+      >>> print(both.mean, both.variance, both.examples)
+      [[[3.]]] [[[2.6666667]]] [3]
     """
 
-    mean: jax.Array
-    variance: jax.Array
-    examples: jax.Array
+    total: jax.Array
+    scatter: jax.Array
+    squared: jax.Array
+    count: jax.Array
     positions: jax.Array
+
+    @classmethod
+    def of(cls, mean: jax.Array, variance: jax.Array, examples: jax.Array, positions: jax.Array) -> "InputMoments":
+        """Returns the record of inputs with this mean and biased variance.
+
+        Args:
+          mean: ``[..., stack, group, input]``.
+          variance: not negative, shape and dtype of ``mean``.
+          examples: ``[..., stack]``, an integer.
+          positions: ``[..., stack]``, dtype of ``mean``.
+        """
+        p = positions[..., None, None]
+        return cls(p * mean, p * variance, p * jnp.square(mean), examples, positions)
+
+    @property
+    def examples(self) -> jax.Array:
+        """N, how many examples the batch had; ``[..., stack]``, int32."""
+        return jnp.abs(self.count)
+
+    @property
+    def mean(self) -> jax.Array:
+        """The mean of every input feature, 0 without positions; shape and dtype of ``total``."""
+        return mean_and_variance(self, self.positions[..., None, None])[0]
+
+    @property
+    def variance(self) -> jax.Array:
+        """The biased variance, never negative; shape and dtype of ``total``."""
+        return mean_and_variance(self, self.positions[..., None, None])[1]
+
+
+def mean_and_variance(record: InputMoments, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the mean and the variance of a record whose positions are broadcast to its sums.
+
+    The variance is that within the batches that were added, and that of their means. The latter is a difference of two
+    squares, all rounding for a single batch, so that what is not larger than rounding counts as nothing: no offset
+    of the inputs, however large, cancels in the record of one batch.
+    """
+    p = jnp.where(positions > 0, positions, 1)
+    mean = record.total / p
+    square = jnp.square(mean)
+    of_means = record.squared / p - square
+    of_means = jnp.where(of_means > 16 * jnp.finfo(mean.dtype).eps * square, of_means, 0)
+    return mean, record.scatter / p + of_means
 
 
 def statistics_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
@@ -58,6 +115,8 @@ def input_moments(
     stack_axes: Sequence[int] = (),
     groups: int = 1,
     num_spatial: int = 0,
+    mask: ArrayLike | None = None,
+    examples: ArrayLike | None = None,
 ) -> InputMoments:
     """Computes the moments of a layer's input over everything but its features.
 
@@ -74,72 +133,98 @@ def input_moments(
       groups: into how many groups the features fall.
       num_spatial: how many of the other axes belong to one example whatever the rank. The first
         that does not is the axis of examples; without one, there is a single example.
+      mask: which positions count, of the shape of the leading axes of ``x``: booleans, or weights that are not
+        negative. What does not count may be anything, nan too. An example that has no position that counts is none.
+      examples: N, instead of the size of the axis of examples; an integer.
 
     Returns:
       The record, with the features merged, the stack merged (1 without one), and behind
       ``stop_gradient``.
 
     Raises:
-      ValueError: if ``x`` has no elements.
+      ValueError: if ``x`` has no elements, or the mask does not fit it.
 
     Example:
       >>> record = input_moments(jnp.array([[1.0, 5.0], [3.0, 5.0]]))
       >>> print(record.mean, record.variance, record.examples, record.positions)
-      [[[2. 5.]]] [[[1. 0.]]] [2.] [2.]
+      [[[2. 5.]]] [[[1. 0.]]] [2] [2.]
+      >>> record = input_moments(jnp.array([[1.0, 5.0], [3.0, 5.0]]), mask=jnp.array([True, False]))
+      >>> print(record.mean, record.examples)
+      [[[1. 5.]]] [1]
     """
     if x.size == 0:
         raise ValueError(f"its input is empty (shape {x.shape}), which has no mean: give it at least one example")
+    if mask is not None and not fits(mask, x, input_axes):
+        raise ValueError(
+            f"the mask has shape {jnp.shape(mask)}, which is not that of the leading axes of its input {x.shape} "
+            f"without its features"
+        )
     x = jax.lax.stop_gradient(jnp.asarray(x))
     x = x.astype(statistics_dtype(x.dtype))
-    kept = [axis % x.ndim for axis in (*stack_axes, *input_axes)]
+    features = tuple(axis % x.ndim for axis in input_axes)
+    kept = [*(axis % x.ndim for axis in stack_axes), *features]
     reduced = tuple(axis for axis in range(x.ndim) if axis not in kept)
+    example_axis = reduced[:1] if len(reduced) > num_spatial else ()
     stack = math.prod(x.shape[axis] for axis in stack_axes)
-    examples = x.shape[reduced[0]] if len(reduced) > num_spatial else 1
-    positions = math.prod(x.shape[axis] for axis in reduced)
     order = [sorted(kept).index(axis) for axis in kept]
 
-    def in_canonical_shape(x: jax.Array) -> list[jax.Array]:
-        return [m.transpose(order).reshape(stack, groups, -1) for m in _mean_and_variance(x, reduced)]
+    def sums(x: jax.Array) -> list[jax.Array]:
+        return [total.transpose(order).reshape(stack, groups, -1) for total in _sums(x, reduced)]
 
-    mean, variance = with_auto_axes(in_canonical_shape, x)
-    return InputMoments(
-        mean=mean,
-        variance=variance,
-        examples=jnp.full((stack,), float(examples), x.dtype),
-        positions=jnp.full((stack,), float(positions), x.dtype),
-    )
+    def weighted_sums(x: jax.Array, weights: jax.Array) -> list[jax.Array]:
+        *totals, count, positions = _weighted_sums(x, weights, reduced, example_axis, features)
+        canonical = [total.transpose(order).reshape(stack, groups, -1) for total in totals]
+        return [*canonical, *(each.transpose(order).reshape(stack) for each in (count, positions))]
+
+    if mask is None:
+        total, scatter, squared = with_auto_axes(sums, x)
+        count = jnp.full((stack,), math.prod(x.shape[axis] for axis in example_axis), jnp.int32)
+        positions = jnp.full((stack,), float(math.prod(x.shape[axis] for axis in reduced)), x.dtype)
+    else:
+        weights = jnp.asarray(mask).astype(x.dtype)
+        total, scatter, squared, count, positions = with_auto_axes(weighted_sums, x, weights)
+    if examples is not None and example_axis:
+        count = jnp.where(positions > 0, jnp.asarray(examples, jnp.int32), 0)
+    return InputMoments(total, scatter, squared, count, positions)
+
+
+def fits(mask: ArrayLike, x: jax.Array, input_axes: Sequence[int]) -> bool:
+    """Returns whether a mask has the shape of leading axes of an input, none of which holds features."""
+    first_of_features = min(axis % x.ndim for axis in input_axes)
+    ndim = jnp.ndim(mask)
+    return ndim <= first_of_features and jnp.shape(mask) == x.shape[:ndim]
 
 
 @functools.partial(jax.jit, static_argnums=1)  # so that it is traced once for all inputs of a shape
-def _mean_and_variance(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Returns the mean and the variance over these axes."""
+def _sums(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns total, scatter and squared over these axes."""
     one_pass, two_passes = (functools.partial(function, axes=axes) for function in (_in_one_pass, _in_two_passes))
-    mean, variance = jax.lax.platform_dependent(x, cpu=two_passes, default=one_pass)
-    return mean, jnp.maximum(variance, 0)
+    total, shift, squares = jax.lax.platform_dependent(x, cpu=two_passes, default=one_pass)
+    share = 1 / _count(x, axes)
+    return total, jnp.maximum(squares - share * jnp.square(shift), 0), total * (share * total)
 
 
-def _in_one_pass(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+def _in_one_pass(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """For accelerators: one reduction of two operands, which reads the input once."""
-    share, zero = _share(x, axes), np.zeros((), x.dtype)
+    zero = np.zeros((), x.dtype)
     first, deviation = _deviations_from_first(x, axes)
-    sums = jax.lax.reduce(
+    shift, squares = jax.lax.reduce(
         (deviation, jnp.square(deviation)), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes
     )
-    shift, mean_square = (share * total for total in sums)
-    return first + shift, mean_square - jnp.square(shift)
+    return _count(x, axes) * first + shift, shift, squares
 
 
-def _in_two_passes(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+def _in_two_passes(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """For CPUs, on which XLA computes two reductions up to three times as fast as one of two operands.
 
     They neither wait for each other nor share an array but x, so that they run beside the layer. A deviation from the
     mean would keep x alive for longer, or be an array of its size.
     """
-    share, zero = _share(x, axes), np.zeros((), x.dtype)
+    zero = np.zeros((), x.dtype)
     first, deviation = _deviations_from_first(x, axes)
-    mean = share * jax.lax.reduce(x, zero, jax.lax.add, axes)
-    mean_square = share * jax.lax.reduce(jnp.square(deviation), zero, jax.lax.add, axes)
-    return mean, mean_square - jnp.square(mean - first)
+    total = jax.lax.reduce(x, zero, jax.lax.add, axes)
+    squares = jax.lax.reduce(jnp.square(deviation), zero, jax.lax.add, axes)
+    return total, total - _count(x, axes) * first, squares
 
 
 def _deviations_from_first(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
@@ -152,11 +237,33 @@ def _deviations_from_first(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Arr
     return first.squeeze(axes), x - first
 
 
-def _share(x: jax.Array, axes: tuple[int, ...]) -> float:
-    return 1 / math.prod(x.shape[axis] for axis in axes)
+def _count(x: jax.Array, axes: tuple[int, ...]) -> float:
+    return float(math.prod(x.shape[axis] for axis in axes))
 
 
-def pool(moments: InputMoments, example_axes: Sequence[int] = (), repeat_axes: Sequence[int] = ()) -> InputMoments:
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _weighted_sums(
+    x: jax.Array, weights: jax.Array, axes: tuple[int, ...], example_axis: tuple[int, ...], features: tuple[int, ...]
+) -> tuple[jax.Array, ...]:
+    """Returns total, scatter, squared and, with size 1 along the features, the examples and positions that count."""
+    weights = weights.reshape(*weights.shape, *[1] * (x.ndim - weights.ndim))
+    every = jnp.broadcast_to(weights, [1 if axis in features else size for axis, size in enumerate(x.shape)])
+    x = jnp.where(every > 0, x, 0)
+    positions = every.sum(axes, keepdims=True)
+    total = (every * x).sum(axes, keepdims=True)
+    mean = total / jnp.where(positions > 0, positions, 1)
+    scatter = (every * jnp.square(x - mean)).sum(axes, keepdims=True)
+    within = tuple(axis for axis in axes if axis not in example_axis)
+    examples = (every > 0).any(within, keepdims=True).sum(example_axis, keepdims=True, dtype=jnp.int32)
+    return tuple(each.squeeze(axes) for each in (total, scatter, total * mean, examples, positions))
+
+
+def pool(
+    moments: InputMoments,
+    example_axes: Sequence[int] = (),
+    repeat_axes: Sequence[int] = (),
+    mapped_axes: Sequence[int] = (),
+) -> InputMoments:
     """Pools records over leading axes, each weighted with its exact count.
 
     Args:
@@ -165,17 +272,26 @@ def pool(moments: InputMoments, example_axes: Sequence[int] = (), repeat_axes: S
         `vmap` over examples.
       repeat_axes: those along which they are of the same examples again: the steps of a recurrent
         network, calls of a shared layer. They add positions only.
+      mapped_axes: those along which they are of other examples if the inputs had no axis of examples, and of the
+        same ones otherwise.
 
     Returns:
       The moments of all the inputs together, without these axes; all zero if they had no positions.
     """
-    axes = (*example_axes, *repeat_axes)
-    pooled = _pool(moments, lambda leaf: leaf.sum(axis=axes, keepdims=True))
-    examples = moments.examples.max(axis=tuple(repeat_axes), keepdims=True).sum(tuple(example_axes), keepdims=True)
-    squeezed: InputMoments = jax.tree.map(
-        lambda leaf: leaf.squeeze(axes), dataclasses.replace(pooled, examples=examples)
-    )
+    axes = (*example_axes, *repeat_axes, *mapped_axes)
+    pooled = _pool(moments, lambda leaf: leaf.sum(axis=axes, keepdims=True, dtype=leaf.dtype))
+    examples = _of_repeats(moments.count, repeat_axes)
+    mapped = examples.sum(tuple(mapped_axes), keepdims=True, dtype=examples.dtype)
+    examples = jnp.where(mapped < 0, mapped, _of_repeats(examples, mapped_axes))
+    examples = examples.sum(tuple(example_axes), keepdims=True, dtype=examples.dtype)
+    squeezed: InputMoments = jax.tree.map(lambda leaf: leaf.squeeze(axes), dataclasses.replace(pooled, count=examples))
     return squeezed
+
+
+def _of_repeats(examples: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """Returns the largest count along these axes, whatever the sign."""
+    largest = examples.max(axis=tuple(axes), keepdims=True)
+    return jnp.where(largest > 0, largest, examples.min(axis=tuple(axes), keepdims=True))
 
 
 def pool_named_axis(moments: InputMoments, axis_name: str | tuple[str, ...]) -> InputMoments:
@@ -184,11 +300,13 @@ def pool_named_axis(moments: InputMoments, axis_name: str | tuple[str, ...]) -> 
 
 
 def _pool(moments: InputMoments, total: Callable[[jax.Array], jax.Array]) -> InputMoments:
+    """Pools as ``total`` of every sum would, but without the rounding of the means' squares."""
     positions = total(moments.positions)
-    share = (moments.positions / jnp.maximum(positions, 1))[..., None, None]
-    mean = total(share * moments.mean)
-    variance = total(share * (moments.variance + jnp.square(moments.mean - mean)))
-    return InputMoments(mean, variance, total(moments.examples), positions)
+    share = (moments.positions / jnp.where(positions > 0, positions, 1))[..., None, None]
+    own_mean, variance = moments.mean, moments.variance
+    mean = total(share * own_mean)
+    variance = total(share * (variance + jnp.square(own_mean - mean)))
+    return InputMoments.of(mean, variance, total(moments.count), positions)
 
 
 def running_decay(

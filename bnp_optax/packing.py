@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnp_optax.layers import Layer
-from bnp_optax.moments import InputMoments
+from bnp_optax.moments import InputMoments, mean_and_variance
 
 
 class Place(NamedTuple):
@@ -37,6 +37,22 @@ class Place(NamedTuple):
     entries: slice
     rows: slice
     inputs: slice
+
+
+class Batch(NamedTuple):
+    """The records of a batch.
+
+    Attributes:
+      mean: the mean of every input.
+      variance: its variance.
+      examples: N of every entry.
+      positions: how many input vectors there were of every entry.
+    """
+
+    mean: jax.Array
+    variance: jax.Array
+    examples: jax.Array
+    positions: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +120,8 @@ class Packing:
         entries = [x[block.rows].reshape(block.shape[:2]) for block in self.blocks]
         return jnp.concatenate([reduction(block, axis=1) for block in entries])
 
-    def pack(self, records: Mapping[str, InputMoments], dtype: jax.typing.DTypeLike) -> InputMoments:
-        """Returns the moments and counts of all layers as vectors; a layer without a record has zeros."""
+    def pack(self, records: Mapping[str, InputMoments], dtype: jax.typing.DTypeLike) -> Batch:
+        """Returns the moments and counts of all layers as vectors of a dtype; a layer without a record has zeros."""
 
         def vector(field: str, size: Callable[[Place], int]) -> jax.Array:
             parts = [
@@ -122,12 +138,10 @@ class Packing:
         def entries(place: Place) -> int:
             return place.shape[0]
 
-        return InputMoments(
-            vector("mean", inputs),
-            vector("variance", inputs),
-            vector("examples", entries),
-            vector("positions", entries),
-        )
+        total, scatter, squared = (vector(field, inputs) for field in ("total", "scatter", "squared"))
+        record = InputMoments(total, scatter, squared, vector("examples", entries), vector("positions", entries))
+        positions = self.rows_to_inputs(self.entries_to_rows(record.positions))
+        return Batch(*mean_and_variance(record, positions), record.count, record.positions)
 
     def _repeat(self, x: jax.Array, counts: list[int]) -> jax.Array:
         if set(counts) == {1}:

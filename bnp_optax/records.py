@@ -6,30 +6,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bnp_optax.counting import Counting, RecordError
 from bnp_optax.layers import Layer, layer_name
 from bnp_optax.layouts import Layout
-from bnp_optax.moments import InputMoments, pool, pool_named_axis
+from bnp_optax.moments import InputMoments, pool
 from bnp_optax.trees import as_path
 
 _SUFFIX = "_input"
 
 
-class RecordError(ValueError):
-    """An input that cannot be recorded."""
+def moments_of(counting: Counting, layout: Layout, x: jax.Array, name: str, where: str) -> InputMoments:
+    """Returns the record of an input.
 
-    def __init__(self, where: str, reason: str) -> None:
-        super().__init__(f"The input of {where} cannot be recorded{reason}.")
+    Args:
+      counting: what of it counts.
+      layout: the axis roles of its layer.
+      x: it.
+      name: the layer's name.
+      where: the layer, for errors.
 
-
-def moments_of(
-    layout: Layout, x: jax.Array, where: str, axis_name: str | tuple[str, ...] | None = None
-) -> InputMoments:
-    """Returns the record of an input, over all of a named axis; an error says of which layer."""
+    Raises:
+      RecordError: saying of which layer, and why.
+    """
     try:
-        record = layout.moments(x)
+        return counting.moments(layout, x, name)
     except ValueError as error:
         raise RecordError(where, f": {error}") from error
-    return record if axis_name is None else pool_named_axis(record, axis_name)
 
 
 def pool_records(earlier: InputMoments | None, record: InputMoments, where: str) -> InputMoments:
@@ -45,7 +47,7 @@ def pool_records(earlier: InputMoments | None, record: InputMoments, where: str)
     """
     if earlier is None:
         return record
-    if earlier.mean.shape != record.mean.shape:
+    if earlier.total.shape != record.total.shape:
         raise RecordError(where, ": it is called both inside and outside of a transform that adds an axis")
     return pool(jax.tree.map(lambda a, b: jnp.stack([a, b.astype(a.dtype)]), earlier, record), repeat_axes=[0])
 
@@ -54,11 +56,9 @@ def empty_record(layer: Layer) -> InputMoments | None:
     """Returns the record of a layer that was not called, ``None`` where its shape depends on the batch."""
     if not set(layer.record_axes) <= {"s"}:
         return None
-    moment, count = (
-        jnp.zeros((*layer.kernel.stack_shape, *layer.moments_shape[1:])),
-        jnp.zeros(layer.kernel.stack_shape),
-    )
-    return InputMoments(moment, moment, count, count)
+    sums = jnp.zeros((*layer.kernel.stack_shape, *layer.moments_shape[1:]))
+    examples = jnp.zeros(layer.kernel.stack_shape, jnp.int32)
+    return InputMoments(sums, sums, sums, examples, examples.astype(sums.dtype))
 
 
 def record_key(kernel: str) -> str:
@@ -118,7 +118,8 @@ def find_records(layers: Iterable[Layer], intermediates: Any) -> dict[str, Input
         else:
             remedy = (
                 "Pass what bnp_optax.linen.capture(model)(...), or bnp_optax.nnx.capture(model)(...), returned beside "
-                "the output of this pass. If it does not call these layers, leave them out with layers.select(...)."
+                "the output of this pass. If it calls these layers inside a transform of JAX, as jax.grad of a part of "
+                "the model is, choose them: capture(model, layers=layers). If not at all, layers.select(...) others."
             )
         raise ValueError(f"intermediates hold no record of the input of {', '.join(missing)}. {remedy}")
     return {layer.path: _pool_leading_axes(layer, record) for layer, record in found.items() if record is not None}
@@ -132,21 +133,29 @@ def _pool_leading_axes(layer: Layer, record: InputMoments) -> InputMoments:
     repeated calls, the 3 a stack), and a stack of its own of 1. What is before these axes, the 2, was added around the
     model: examples. Pooled over 2 and 5 it is ``[3, 1, 1, 4]``, and with the stacks merged ``[3, 1, 4]``.
     """
-    num_outer = record.mean.ndim - len(layer.record_axes) - 3
-    roles = "e" * num_outer + layer.record_axes
-    example_axes, repeat_axes = ([axis for axis, r in enumerate(roles) if r == role] for role in "er")
-    needed = (*layer.kernel.stack_shape, *layer.moments_shape[1:])
-    kept = [size for size, role in zip(record.mean.shape, roles, strict=False) if role == "s"]
-    if num_outer < 0 or (*kept, *record.mean.shape[-3:]) != needed:
+    if not jnp.issubdtype(record.count.dtype, jnp.integer):
         raise ValueError(
-            f"The record of {layer.path} has moments of shape {record.mean.shape}, but the layer needs "
+            f"The record of {layer.path} counts its examples in {record.count.dtype}, not in integers: it has been "
+            "averaged, as gradients are. Sum records (jax.lax.psum, jnp.add), stack them, or give capture an "
+            "axis_name: then they are pooled with exact counts."
+        )
+    shape = record.total.shape
+    num_outer = len(shape) - len(layer.record_axes) - 3
+    roles = "b" * num_outer + layer.record_axes
+    axes = {role: [axis for axis, r in enumerate(roles) if r == role] for role in "bre"}
+    needed = (*layer.kernel.stack_shape, *layer.moments_shape[1:])
+    kept = [size for size, role in zip(shape, roles, strict=False) if role == "s"]
+    if num_outer < 0 or (*kept, *shape[-3:]) != needed:
+        raise ValueError(
+            f"The record of {layer.path} has moments of shape {shape}, but the layer needs "
             f"{needed} (stack, group, input) at the end. Record the model that find_layers saw."
         )
-    pooled = pool(record, example_axes, repeat_axes) if example_axes or repeat_axes else record
+    pooled = pool(record, axes["b"], axes["r"], axes["e"]) if any(axes.values()) else record
     stack, groups, inputs = layer.moments_shape
     return InputMoments(
-        pooled.mean.reshape(stack, groups, inputs),
-        pooled.variance.reshape(stack, groups, inputs),
+        pooled.total.reshape(stack, groups, inputs),
+        pooled.scatter.reshape(stack, groups, inputs),
+        pooled.squared.reshape(stack, groups, inputs),
         pooled.examples.reshape(stack),
         pooled.positions.reshape(stack),
     )

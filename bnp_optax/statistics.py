@@ -171,7 +171,7 @@ def absorb(
     moment = jnp.where(jnp.isfinite(mean), _moment(packing, mean, variance, layers), jnp.nan)
     largest = packing.over_inputs(jnp.max, moment)
     finite = packing.over_groups(jnp.all, jnp.isfinite(largest))
-    called = batch.positions > 0  # not, for instance, in a branch that was not taken
+    called = ~(batch.positions <= 0)  # not, for instance, in a branch that was not taken; a nan is to be skipped
     accept = finite & called
     accept_row = packing.entries_to_rows(accept)
     accept_input = packing.rows_to_inputs(accept_row)

@@ -22,20 +22,24 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from bnp_optax.dataflow import MAPPED, Dataflow
+from bnp_optax.counting import Counting, RecordError
+from bnp_optax.dataflow import MAPPED, Dataflow, made_in, pairs, primal
 from bnp_optax.layers import Excluded, Layer, Layers, Parameter, Path, layer_name
 from bnp_optax.layouts import Layout, Product, Split
 from bnp_optax.moments import InputMoments
-from bnp_optax.records import RecordError, moments_of, pool_records
+from bnp_optax.records import moments_of, pool_records
 
 # Which calls a search is to see: a function of their site.
 Watch = Callable[[Path], bool]
 
+EXPLICIT = "applied with explicit parameters, where its input is not recorded"
+_LEAKED = "inside a transform of JAX, which lets no record out"
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("kernel", "bias", "record", "marks"),
-    meta_fields=("site", "kind", "layout", "has_examples"),
+    data_fields=("kernel", "bias", "record", "x", "y", "marks"),
+    meta_fields=("site", "kind", "layout", "examples", "calls"),
 )
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -44,32 +48,44 @@ class Call:
     Attributes:
       site: the path of its module, and the kernel's name there.
       kind: the module's class.
-      layout: its axis roles, ``None`` if it is called in several ways.
-      has_examples: whether its own input has an axis of examples.
+      layout: its axis roles, or why its calls are no layer.
+      examples: how many examples its input has, ``None`` if it has no axis of them.
+      calls: how often it was called; 0 in a search that does not count, as branches may differ in it.
       kernel: its kernel.
       bias: its bias, if it has one.
-      record: the record of its input.
+      record: the record of its input, ``None`` if it is not to be recorded.
+      x: its input, ``None`` if the product is with something made of it; of several calls the first's, as ``y``.
+      y: what has to be the sum of the product and the bias, or the kernel itself; ``None`` if that is not known.
       marks: arrays of shape ``(2,)`` and ``(3,)``, which are the last axes outside the transforms
         only if all these add their axis in front.
     """
 
     site: Path
     kind: str
-    layout: Layout | None
-    has_examples: bool
+    layout: Layout | str
+    examples: int | None
+    calls: int
     kernel: Any
     bias: Any
-    record: InputMoments
-    marks: tuple[Any, Any]
+    record: InputMoments | None
+    x: Any
+    y: Any
+    marks: tuple[Any, ...]
 
     def pooled_with(self, earlier: "Call | None") -> "Call":
         """Returns what stands for this call and earlier ones of the same layer."""
         if earlier is None:
             return self
+        if earlier.record is None or self.record is None:
+            return earlier
         if self.layout != earlier.layout:
-            return dataclasses.replace(earlier, layout=None)
+            return dataclasses.replace(earlier, layout="called in several ways")
+        if self.record.total.shape != earlier.record.total.shape:
+            return dataclasses.replace(
+                earlier, layout="called both inside and outside of a transform that adds an axis"
+            )
         record = pool_records(earlier.record, self.record, layer_name(self.site))
-        return dataclasses.replace(earlier, record=record, has_examples=self.has_examples and earlier.has_examples)
+        return dataclasses.replace(earlier, record=record, calls=earlier.calls + self.calls)
 
 
 @dataclasses.dataclass
@@ -80,10 +96,12 @@ class Log:
       seen: the sites of calls, whether these came out or not, in their order, each with the paths in the module of the
         parameters that the call read.
       reasons: why parameters are excluded that are no layer's, by their path or that of their module.
+      counts: whether calls are counted.
     """
 
     seen: dict[Path, list[Path]] = dataclasses.field(default_factory=dict)
     reasons: dict[Path, str] = dataclasses.field(default_factory=dict)
+    counts: bool = False
 
     def note(
         self, path: Path, module: Any, product: Product, parameters: Mapping[str, jax.Array], watch: Watch
@@ -95,26 +113,45 @@ class Log:
           module: it.
           product: an input and one of its parameters.
           parameters: its parameters by name, as they are inside the transforms around the call.
-          watch: whether a call at some site is to be seen at all.
+          watch: whether a call at some site is to be left at all.
         """
         site = (*path, product.kernel)
-        if not watch(site):
-            return None
         read = [(*path, name) for name in (product.kernel, product.bias) if name is not None]
         if not isinstance(product.layout, Layout):
-            self.reasons |= dict.fromkeys(read, product.layout)
+            self.reasons |= dict.fromkeys(read if product.kernel in parameters else [path], product.layout)
             return None
         self.seen[site] = read
-        return Call(
-            site,
-            type(module).__name__,
-            product.layout,
-            has_examples=product.layout.has_examples(product.x.ndim),
-            kernel=parameters[product.kernel],
-            bias=None if product.bias is None else parameters[product.bias],
-            record=moments_of(product.layout, product.x, layer_name(site)),
-            marks=(jnp.zeros(2), jnp.zeros(3)),
-        )
+        if not watch(site):
+            return None
+        return call_of(site, module, product, product.layout, parameters, calls=int(self.counts))
+
+
+def call_of(
+    site: Path, module: Any, product: Product, layout: Layout, parameters: Mapping[str, jax.Array], calls: int
+) -> Call:
+    """Returns what a call of a layer leaves."""
+    name = layer_name(site)
+    x_is_traced = product.is_of_x and isinstance(product.x, jax.core.Tracer)
+    return Call(
+        site,
+        type(module).__name__,
+        layout,
+        examples=layout.examples(product.x),
+        calls=calls,
+        kernel=primal(parameters[product.kernel]),
+        bias=None if product.bias is None else primal(parameters[product.bias]),
+        record=moments_of(Counting(), layout, product.x, name, name),
+        x=primal(product.x) if x_is_traced else None,
+        y=primal(product.y),
+        marks=(jnp.zeros(2), jnp.zeros(3)),
+    )
+
+
+def explicit_call(site: Path, product: Product, parameters: Mapping[str, jax.Array]) -> Call:
+    """Returns what a call with explicit parameters leaves: these alone, which come out of any transform."""
+    kernel = primal(parameters[product.kernel])
+    bias = None if product.bias is None else primal(parameters[product.bias])
+    return Call(site, "", EXPLICIT, None, 0, kernel, bias, record=None, x=None, y=None, marks=())
 
 
 class Traced(NamedTuple):
@@ -133,73 +170,106 @@ class Traced(NamedTuple):
 
 def find(
     trace: Callable[[Watch], Traced],
+    trace_pass: Callable[[Watch, Log], Traced],
     log: Log,
     params: Mapping[Path, tuple[int, ...]],
-    remedy: str,
     not_recorded: str,
 ) -> Layers:
     """Finds the layers of a model.
 
     Args:
-      trace: traces the model, watching the calls at some sites.
+      trace: traces the model, leaving the calls at some sites.
+      trace_pass: traces a forward pass as in training, with a log of its own.
       log: where it notes what it sees.
       params: the shapes of the model's parameters by path.
-      remedy: what to do where a transform lets no record out.
       not_recorded: the reason of layers whose record got lost.
 
     Returns:
       The layers, and what is excluded.
 
     Raises:
-      RecordError: naming the layers, if it is their record that makes the model fail.
+      RecordError: naming the layer, if its input is empty.
     """
-    traced = _trace(trace, log, remedy)
-    calls = {call.site: call for call in _resolve(traced)}
+    traced, lost = _trace(trace, log, not_recorded)
+    calls, left_behind = _resolve(traced)
+    lost |= dict.fromkeys(left_behind, _LEAKED)
+    by_site = {call.site: call for call in calls}
     layers: dict[Path, Layer] = {}
     why = log.reasons
     for site, parameters in log.seen.items():
-        layer = _describe(calls[site], params, not_recorded) if site in calls else not_recorded
+        call = by_site.get(site)
+        layer = lost.get(site, not_recorded) if call is None else _describe(call, params, not_recorded)
         if isinstance(layer, Layer) and site not in why:
             layers[site] = layer
         elif isinstance(layer, str):
             why |= dict.fromkeys(parameters, layer)
+    explicit = [call for call in calls if call.layout == EXPLICIT]
+    elsewhere = dict.fromkeys(
+        (value.source for call in explicit for value in (call.kernel, call.bias) if value), EXPLICIT
+    )
     claims = collections.Counter(parameter.path for layer in layers.values() for parameter in layer.parameters)
+    elsewhere |= {path: "shared by layers whose inputs differ" for path, count in claims.items() if count > 1}
     for site, layer in list(layers.items()):
-        if any(claims[parameter.path] > 1 for parameter in layer.parameters):
+        if reasons := [elsewhere[parameter.path] for parameter in layer.parameters if parameter.path in elsewhere]:
             del layers[site]
-            why |= {parameter.path: "shared by layers whose inputs differ" for parameter in layer.parameters}
+            why |= {parameter.path: reasons[0] for parameter in layer.parameters}
+
+    for site, in_pass in _pass(trace_pass, set(layers)).items():
+        if isinstance(in_pass, str):
+            why |= {parameter.path: in_pass for parameter in layers.pop(site).parameters}
+        else:
+            layers[site] = dataclasses.replace(layers[site], calls=in_pass)
 
     covered = {parameter.path for layer in layers.values() for parameter in layer.parameters}
     excluded = []
     for path, shape in params.items():
         if path not in covered:
             owner = max((known for known in why if path[: len(known)] == known), key=len)
-            excluded.append(Excluded(path, shape, why[owner]))
+            # Of a parameter that the model itself owns, and no layer in it, its use tells more.
+            excluded.append(Excluded(path, shape, why[owner] if owner else elsewhere.get(path, why[owner])))
     return Layers(tuple(layers.values()), tuple(excluded), complete=True)
 
 
-def _trace(trace: Callable[[Watch], Traced], log: Log, remedy: str) -> Traced:
-    """Traces a model; an error that is due to the records names their layers."""
+def _pass(trace_pass: Callable[[Watch, Log], Traced], sites: set[Path]) -> dict[Path, int | str]:
+    """Returns how often some layers are called in training, or why they are none there, as models may do otherwise."""
     try:
-        return trace(lambda site: True)
+        calls, left_behind = _resolve(trace_pass(sites.__contains__, Log(counts=True)))
+    except Exception:  # as where the branches of a condition leave different calls
+        return {}
+    in_pass = {call.site: call.layout if isinstance(call.layout, str) else call.calls for call in calls}
+    return in_pass | dict.fromkeys(left_behind, _LEAKED)
+
+
+def _trace(trace: Callable[[Watch], Traced], log: Log, not_recorded: str) -> tuple[Traced, dict[Path, str]]:
+    """Traces a model without the calls that make it fail, and returns the reasons of these."""
+    try:
+        return trace(lambda site: True), {}
     except RecordError:
         raise
-    except Exception as error:
-        if _fails(trace, lambda site: False):
-            raise  # not because of the records
-        culprits = [site for site in tuple(log.seen) if _fails(trace, site.__eq__)]
-        if not culprits:
-            raise
-        reason = f", as a transform around it lets no record out. {remedy}"
-        raise RecordError(", ".join(map(layer_name, culprits)), reason) from error
-
-
-def _fails(function: Callable[..., Any], *args: Any) -> bool:
-    try:
-        function(*args)
     except Exception:
-        return True
-    return False
+        trace(lambda site: False)  # fails too, unless it is because of the records, and sees all sites
+    lost = _culprits(trace, tuple(log.seen))
+    reasons = {
+        site: _LEAKED if isinstance(error, jax.errors.UnexpectedTracerError) else not_recorded
+        for site, error in lost.items()
+    }
+    return trace(lambda site: site not in reasons), reasons
+
+
+def _culprits(trace: Callable[[Watch], Traced], sites: tuple[Path, ...]) -> dict[Path, Exception]:
+    """Returns which of these calls make a model fail if they are left, each with the error.
+
+    It halves them, so that one of a hundred is found in some ten traces.
+    """
+    try:
+        trace(sites.__contains__)
+    except Exception as error:
+        if len(sites) == 1:
+            return {sites[0]: error}
+        half = len(sites) // 2
+        found = _culprits(trace, sites[:half]) | _culprits(trace, sites[half:])
+        return found or dict.fromkeys(sites, error)  # which fail together alone
+    return {}
 
 
 class _Value(NamedTuple):
@@ -216,24 +286,53 @@ class _Value(NamedTuple):
     axes: tuple[int | str, ...]
 
 
-def _resolve(traced: Traced) -> list[Call]:
-    """Returns the calls with :class:`_Value` in the place of arrays."""
+def _resolve(traced: Traced) -> tuple[list[Call], list[Path]]:
+    """Returns the calls with :class:`_Value` in the place of arrays, and the sites of those that did not come out."""
     dataflow, jaxpr = Dataflow(), traced.jaxpr.jaxpr
-    arrays, structure = jax.tree.flatten(traced.calls)
-    values = []
-    for array, var in zip(arrays, jaxpr.outvars, strict=True):
-        origin = dataflow.origin(jaxpr, var)
-        source, axes = (None, ()) if origin is None else (traced.inputs[origin.source], origin.axes)
-        values.append(_Value(array.shape, source, axes))
-    calls: list[Call] = jax.tree.unflatten(structure, values)
-    return calls
+    outputs, made = iter(jaxpr.outvars), made_in(traced.jaxpr)
+    calls, left_behind = [], []
+    for call in traced.calls:
+        arrays, structure = jax.tree.flatten(call)
+        variables = [next(outputs) for _ in arrays]
+        if not all(isinstance(var, core.Literal) or var in made for var in variables):
+            left_behind.append(call.site)
+            continue
+        values = []
+        for array, var in zip(arrays, variables, strict=True):
+            origin = dataflow.origin(jaxpr, var)
+            source, axes = (None, ()) if origin is None else (traced.inputs[origin.source], origin.axes)
+            values.append(_Value(array.shape, source, axes))
+        resolved = jax.tree.unflatten(structure, values)
+        reason = _is_no_layer(jax.tree.unflatten(structure, variables), dataflow, jaxpr)
+        calls.append(resolved if reason is None else dataclasses.replace(resolved, layout=reason))
+    return calls, left_behind
+
+
+def _is_no_layer(call: Call, dataflow: Dataflow, jaxpr: core.Jaxpr) -> str | None:
+    """Returns why a call, with variables for arrays, does not compute ``W h + b`` with its parameters as they stand."""
+    if call.y is None:
+        return None
+    kernel, bias, x = (
+        frozenset() if var is None else dataflow.roots(jaxpr, var) for var in (call.kernel, call.bias, call.x)
+    )
+    terms, products = dataflow.terms(jaxpr, call.y)
+    if kernel <= terms and not products:
+        return None  # what the call returns is the kernel
+    with_kernel = [factors for factors in products if kernel <= factors]
+    if products and not with_kernel:
+        return "its kernel is computed from the parameter before the product"
+    if not with_kernel or (x and products != pairs(x, kernel)):
+        return "its output is not the product of its input and its kernel as they stand"
+    return "what it adds to the product is not its bias as it stands" if x and bias != terms else None
 
 
 def _describe(call: Call, params: Mapping[Path, tuple[int, ...]], not_recorded: str) -> Layer | str:
     """Returns the layer as it is outside the transforms around it, or the reason to exclude it."""
-    if call.layout is None:
-        return "called in several ways"
-    added = len(call.record.mean.shape) - 3
+    if isinstance(call.layout, str):
+        return call.layout
+    if call.record is None:
+        return not_recorded
+    added = len(call.record.total.shape) - 3
     if [mark.shape[added:] for mark in call.marks] != [(2,), (3,)]:
         return not_recorded
     kernel = _lifted(call.kernel, call.layout.kernel, added, params)
@@ -246,10 +345,13 @@ def _describe(call: Call, params: Mapping[Path, tuple[int, ...]], not_recorded: 
     if bias is not None and stacked != [isinstance(axis, int) for axis in call.bias.axes[:added]]:
         return "its kernel and bias are stacked along different axes"
     roles = ["s" if is_stacked else "r" for is_stacked in stacked]
-    if not call.has_examples and MAPPED in call.kernel.axes:
-        # Of several mapped axes the outermost holds the examples, as in an array.
-        roles[call.kernel.axes.index(MAPPED)] = "e"
-    return Layer(call.kind, kernel, bias, layer_name(call.site), "".join(roles))
+    examples = 1 if call.examples is None else call.examples
+    if MAPPED in call.kernel.axes:
+        # Of several mapped axes the outermost holds the examples, as in an array, if the input has no axis of them.
+        axis = call.kernel.axes.index(MAPPED)
+        roles[axis] = "e"
+        examples = call.record.total.shape[axis] if call.examples is None else examples
+    return Layer(call.kind, kernel, bias, layer_name(call.site), "".join(roles), examples=examples)
 
 
 def _lifted(value: _Value, split: Split, num_added: int, params: Mapping[Path, tuple[int, ...]]) -> Parameter | None:

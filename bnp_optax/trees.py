@@ -144,12 +144,13 @@ def _prefix(leaves: Mapping[Path, Any], layers: Layers) -> Path:
 
     def holds_all(prefix: Path) -> bool:
         paths = [(*prefix, *parameter.path) for parameter in _parameters(layers)]
-        return all(path in leaves or path in unboxed or _is_inside(path, masked) for path in paths)
+        held = [path in leaves or path in unboxed for path in paths]
+        return any(held) and all(is_held or _is_inside(path, masked) for path, is_held in zip(paths, held, strict=True))
 
     if not layers or holds_all(()):
         return ()
-    kernel = layers.included[0].kernel.path
-    ends = {path[: len(path) - len(kernel)] for path in (*leaves, *unboxed) if path[-len(kernel) :] == kernel}
+    depth = min(len(parameter.path) for parameter in _parameters(layers))
+    ends = {path[:-k] for path in (*leaves, *unboxed) for k in range(depth, len(path) + 1)}
     prefixes = sorted(prefix for prefix in ends if holds_all(prefix))
     if len(prefixes) > 1:
         names = ", ".join("/".join(prefix) or "no key" for prefix in prefixes)

@@ -70,8 +70,8 @@ def test_the_update_is_the_gradient_times_p_and_its_transpose(layer, eps):
     states = [random_state(layer, gradient, rng, eps), None]
     # absorbed by the transformation itself, whose damping the analysis is not told
     record = jnp.asarray(rng.normal(1, 2, size=layer.moments_shape)), jnp.full(layer.moments_shape, 3.0)
-    counts = jnp.full(layer.moments_shape[0], 40.0)
-    records = {"kernel": bnp.InputMoments(*record, examples=counts, positions=counts)}
+    examples = jnp.full(layer.moments_shape[0], 40)
+    records = {"kernel": bnp.InputMoments.of(*record, examples, examples.astype(float))}
     _, states[1] = tx.update(gradient, tx.init(gradient), intermediates=records)
     for state in states:
         update, _ = tx.update(gradient, state, intermediates=bnp.KEEP_STATISTICS)

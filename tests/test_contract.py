@@ -229,7 +229,7 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted(dense, bad):
 def test_only_the_layer_that_is_not_finite_skips(tx):
     records = dict(problem().records)
     bad = records["Dense_0"]
-    records["Dense_0"] = dataclasses.replace(bad, mean=bad.mean.at[0, 0, 0].set(np.nan))
+    records["Dense_0"] = dataclasses.replace(bad, total=bad.total.at[0, 0, 0].set(np.nan))
     _, state = update(tx, records=records)
     [statistics] = statistics_in(state)
     skipped = {name: int(statistics[name].skipped[0]) for name in statistics}

@@ -107,8 +107,8 @@ def test_convolution_over_the_whole_input_equals_a_dense_layer_given_the_same_st
     tx = bnp.scale_by_bnp(bnp.linen.find_layers(dense, flat), scaling="none")
     gradients, _ = gradients_and_records(dense, squared_error)(dense_params, flat, target[:, 0, 0])
     shared = bnp.input_moments(x)
-    record = bnp.InputMoments(
-        jnp.tile(shared.mean, 15), jnp.tile(shared.variance, 15), shared.examples, positions=shared.examples
+    record = bnp.InputMoments.of(
+        jnp.tile(shared.mean, 15), jnp.tile(shared.variance, 15), shared.examples, shared.positions
     )
     expected, _ = tx.update(gradients, tx.init(dense_params), intermediates={"kernel": record})
     as_conv = {"kernel": expected["kernel"].reshape(3, 5, 2, 3), "bias": expected["bias"]}

@@ -61,7 +61,8 @@ def dense(kernel, bias=None):
 def absorb_batch(h, mean, variance, rho, rule):
     """The paper's mean and variance of a dense layer after a batch, and its q2."""
     record = input_moments(h)
-    return *absorb(mean, variance, record.mean, record.variance, rho, rule), batch_scale(h.shape[1], record.examples)
+    examples = record.examples.astype(h.dtype)
+    return *absorb(mean, variance, record.mean, record.variance, rho, rule), batch_scale(h.shape[1], examples)
 
 
 moments_of = quick_jit(input_moments)

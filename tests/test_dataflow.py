@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import normal
+from jax.extend.core import Literal
 
-from bnp_optax.dataflow import LOOPED, MAPPED, Dataflow
+from bnp_optax.dataflow import LOOPED, MAPPED, Dataflow, made_in, primal
 
 XS = 5  # the length of loops
 
@@ -54,3 +55,80 @@ def test_an_output_is_what_its_origin_says(name):
         first = output[tuple(0 if isinstance(axis, str) else slice(None) for axis in axes)]
         np.testing.assert_array_equal(first, np.transpose(w, [axis for axis in axes if not isinstance(axis, str)]))
         np.testing.assert_array_equal(output, np.broadcast_to(first, output.shape))  # where it repeats
+
+
+PRODUCTS = {
+    "a layer": (lambda x, w, b: x @ w + b[None], {"b"}, {"xw"}),
+    "compiled, under remat": (lambda x, w, b: jax.jit(jax.checkpoint(jnp.matmul))(x, w), set(), {"xw"}),
+    "in other shapes": (lambda x, w, b: jnp.einsum("ni,oi->on", x, w.T.reshape(3, 4)).T[::-1], set(), {"xw"}),
+    "in other dtypes": (lambda x, w, b: x.astype(jnp.float16) @ w.astype(jnp.float16), set(), {"xw"}),
+    "in integers": (lambda x, w, b: x @ w.astype(int).astype(x.dtype), set(), {"x?"}),
+    "scaled": (lambda x, w, b: x @ (0.1 * w), set(), {"x?"}),
+    "frozen": (lambda x, w, b: x @ jax.lax.stop_gradient(w), set(), {"x?"}),
+    "masked": (lambda x, w, b: x @ jnp.where(w > 0, w, 0), set(), {"x?"}),
+    "of another input": (lambda x, w, b: (x - x.mean()) @ w, set(), {"w?"}),
+    "two products": (lambda x, w, b: x @ w + (x * x) @ w, set(), {"xw", "w?"}),
+    "a padded input": (lambda x, w, b: jnp.pad(x, ((1, 1), (0, 0)), mode="wrap") @ w, set(), {"xw"}),
+    "a scaled product": (lambda x, w, b: 0.1 * (x @ w), {"?"}, set()),
+    "a scaled bias": (lambda x, w, b: x @ w + 2 * b[None], {"?"}, {"xw"}),
+    "the kernel itself": (lambda x, w, b: w.T, {"w"}, set()),
+    "at each step of a loop": (lambda x, w, b: over(lambda c, _: (c, x @ w), xs=None)[1], set(), {"xw"}),
+    "of what a loop scans": (lambda x, w, b: jax.lax.scan(lambda c, row: (c, row @ w), 0.0, x)[1], set(), {"xw"}),
+    "in one branch": (
+        lambda x, w, b: jax.lax.cond(b[0] > 0, lambda w: x @ w, lambda w: x @ (2 * w), w),
+        set(),
+        {"xw", "x?"},
+    ),
+    "accumulated": (lambda x, w, b: over(lambda c, _: (c + x @ w, None), jnp.zeros((XS, 3)))[0], {"?"}, {"xw"}),
+    "of what a loop carries": (lambda x, w, b: over(lambda c, _: (jnp.sin(c), c @ w), x)[1], set(), {"w?"}),
+    "of other inputs in each branch": (
+        lambda x, w, b: jax.lax.cond(b[0] > 0, lambda w: x @ w, lambda w: (2 * x) @ w, w),
+        set(),
+        {"xw", "w?"},
+    ),
+    "carried past a computation": (
+        lambda x, w, b: jax.jit(lambda y, b: (y, jnp.sin(b)))(x @ w, b)[0],
+        set(),
+        {"xw"},
+    ),
+    "left by a gradient": (lambda x, w, b: left_by_gradient(lambda x: x @ w, x), set(), {"xw"}),
+}
+
+
+def left_by_gradient(function, x):
+    """What `primal` lets out of a gradient inside a program."""
+    left = []
+
+    def inner(x):
+        left.append(primal(function(x)))
+        return jnp.sum(function(x) ** 2)
+
+    jax.grad(inner)(x)
+    return left[0]
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_sum_is_taken_apart_into_products_of_inputs_that_enter_as_they_stand(name):
+    program, terms, products = PRODUCTS[name]
+    closed = jax.make_jaxpr(program)(normal(0, XS, 4), normal(1, 4, 3), normal(2, 3))
+    names = dict(zip(closed.jaxpr.invars, "xwb", strict=True))
+
+    def show(root):
+        return names.get(root[1], "?")
+
+    found_terms, found_products = Dataflow().terms(closed.jaxpr, closed.jaxpr.outvars[0])
+    assert {show(root) for root in found_terms} == terms
+    shown = {"".join(sorted(map(show, factors), key="xw?".index)) for factors in found_products}
+    assert shown == products
+
+
+def test_what_a_transform_leaves_behind_is_not_made_in_the_program():
+    left = []
+
+    def program(x):
+        jax.lax.map(lambda x: left.append(x + 1), x)
+        return x, x + 1, 2.0, left[0], left[0] + 1, (left[0] + 1) * x
+
+    closed = jax.make_jaxpr(program)(normal(0, 3))
+    made = made_in(closed)
+    assert [isinstance(var, Literal) or var in made for var in closed.jaxpr.outvars] == [True] * 3 + [False] * 3

@@ -224,8 +224,19 @@ def test_contexts_nest_and_do_not_reach_other_threads():
 
 def test_gradients_do_not_flow_through_records():
     model, x = make(nnx.Linear, 3, 2), normal(0, 5, 3)
-    total = lambda model, x: sum(leaf.sum() for leaf in jax.tree.leaves(bnp.nnx.capture(model)(x)[1]))  # noqa: E731
+
+    def total(model, x):
+        (record,) = bnp.nnx.capture(model)(x)[1].values()
+        return record.mean.sum() + record.variance.sum() + record.positions.sum()
+
     np.testing.assert_array_equal(nnx.grad(total, argnums=1)(model, x), 0)
+
+
+def test_a_pass_that_fails_leaves_the_model_as_it_was():
+    model = nnx.Sequential(make(nnx.Linear, 3, 4), nnx.relu)
+    with pytest.raises(TypeError):
+        bnp.nnx.capture(model)(jnp.ones((2, 5)))
+    assert list(bnp.nnx.find_layers(model, jnp.ones((2, 3)))) == ["layers/0"]
 
 
 class MLP(nnx.Module):

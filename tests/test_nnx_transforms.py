@@ -189,25 +189,33 @@ def test_a_layer_whose_record_is_dropped_is_excluded(call):
 
 
 @pytest.mark.parametrize(
-    ("call", "reason"),
+    "call",
     [
-        (lambda layer, x: jax.vmap(lambda x: layer(x))(x), "closes over the module"),
-        (lambda layer, x: nnx.jit(lambda x: layer(x))(x), "closes over the module"),
-        (vmap(None, 0), "lets no record out"),
-        (scan_in(in_axes=(StateAxes({nnx.Intermediate: Carry, ...: None}), Carry), length=2), "lets no record out"),
-        (
-            lambda layer, x: nnx.cond(x.sum() > 0, lambda m, x: m(x), lambda m, x: x, layer, x),
-            "nnx.cond, call it in all",
-        ),
-        (lambda layer, x: nnx.fori_loop(0, 2, lambda _, v: (v[0], v[0](v[1])), (layer, x))[1], "lets no record out"),
+        lambda layer, x: jax.vmap(lambda x: layer(x))(x),
+        lambda layer, x: nnx.jit(lambda x: layer(x))(x),
+        vmap(None, 0),
+        scan_in(in_axes=(StateAxes({nnx.Intermediate: Carry, ...: None}), Carry), length=2),
+        lambda layer, x: nnx.cond(x.sum() > 0, lambda m, x: m(x), lambda m, x: x, layer, x),
+        lambda layer, x: nnx.fori_loop(0, 2, lambda _, v: (v[0], v[0](v[1])), (layer, x))[1],
     ],
+    ids=["jax", "closure", "vmap", "scan", "cond", "loop"],
 )
-def test_records_that_cannot_come_out_are_an_error_that_names_layer_and_remedy(call, reason):
+def test_a_layer_whose_record_cannot_come_out_is_excluded_and_the_others_are_recorded(call):
     inner = Wrapped(make(nnx.Linear, 3, 3), call)
     model, x = Wrapped(nnx.List([make(nnx.Linear, 3, 3), inner]), lambda both, x: both[1](both[0](x))), normal(0, 5, 3)
-    assert model(x).shape == (5, 3)
-    with pytest.raises(ValueError, match=rf"The input of layer/1/layer cannot be recorded, .*{reason}") as error:
-        bnp.nnx.find_layers(model, x)
+    layers = bnp.nnx.find_layers(model, x)
+    assert list(layers) == ["layer/0"]
+    assert {"/".join(other.path) for other in layers.excluded} == {"layer/1/layer/kernel", "layer/1/layer/bias"}
+    assert all("called where its record is lost" in other.reason for other in layers.excluded)
+    y, records = bnp.nnx.capture(model, layers=layers)(x)
+    np.testing.assert_array_equal(y, model(x))
+    assert_moments(records["layer/0"], np.asarray(x), examples=5)
+
+
+def test_a_pass_that_closes_over_a_module_is_an_error_that_says_what_to_do():
+    model, x = Wrapped(make(nnx.Linear, 3, 3), lambda layer, x: jax.vmap(lambda x: layer(x))(x)), normal(0, 5, 3)
+    with pytest.raises(ValueError, match=r"Linear with a kernel .*closes over the module") as error:
+        bnp.nnx.capture(model)(x)
     assert "nnx.StateAxes({nnx.Intermediate: 0, ...: None})" in str(error.value)
 
 
@@ -221,8 +229,12 @@ def test_both_branches_of_a_condition_record():
         assert_moments(records["layer"], np.asarray(x if sign > 0 else 2 * x), examples=5)
 
 
-def test_a_layer_called_inside_and_outside_of_a_transform_is_an_error():
+def test_a_layer_called_inside_and_outside_of_a_transform_is_excluded():
     call = lambda layer, x: layer(vmap(StateAxes(RECORDS_IN_FRONT), 0)(layer, x))  # noqa: E731
-    model = Wrapped(make(nnx.Linear, 3, 3), call)
-    with pytest.raises(ValueError, match=r"layer .*both inside and outside of a transform"):
-        bnp.nnx.find_layers(model, normal(0, 5, 3))
+    model, x = Wrapped(make(nnx.Linear, 3, 3), call), normal(0, 5, 3)
+    layers = bnp.nnx.find_layers(model, x)
+    assert {other.reason for other in layers.excluded} == {
+        "called both inside and outside of a transform that adds an axis"
+    }
+    with pytest.raises(ValueError, match="both inside and outside of a transform"):
+        bnp.nnx.capture(model)(x)

@@ -126,7 +126,7 @@ def test_steps_grow_with_the_batch_linearly_for_sgd_and_as_its_root_where_gradie
             tx.init(params),
             params,
             intermediates={
-                name: dataclasses.replace(record, examples=jnp.full_like(record.examples, examples))
+                name: dataclasses.replace(record, count=jnp.full_like(record.count, examples))
                 for name, record in records.items()
             },
         )[0]

@@ -4,12 +4,13 @@ import dataclasses
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import assert_same, forward, init, make
+from helpers import assert_same, forward, init, make, normal
 
 import bnp_optax as bnp
 
@@ -122,3 +123,48 @@ def test_a_union_of_two_heads_of_nnx_is_the_whole_model():
     whole = heads[0] | heads[1]
     assert list(whole) == ["trunk", "a", "b"]
     assert not whole.excluded
+
+
+@pytest.mark.parametrize("wrong", ["variables", "params"])
+def test_variables_in_the_place_of_a_model_are_a_type_error(wrong):
+    variables = MODEL.init(jax.random.key(0), X)
+    for api in (bnp.linen, bnp.nnx):
+        with pytest.raises(TypeError, match=r"find_layers\(model, x\) .* not dict\. Pass the model itself"):
+            api.find_layers({"variables": variables, "params": variables["params"]}[wrong], X)
+
+
+def test_a_model_of_the_other_api_is_a_type_error():
+    with pytest.raises(TypeError, match=r"not Sequential\. That of bnp_optax\.linen is for this model"):
+        bnp.nnx.find_layers(MODEL, X)
+    with pytest.raises(TypeError, match=r"not Linear\. That of bnp_optax\.nnx is for this model"):
+        bnp.linen.find_layers(make(nnx.Linear, 4, 3), X)
+
+
+class Init(nn.Module):
+    """A module one of whose fields hides a method of Flax."""
+
+    init: str = "zeros"
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2, param_dtype=float)(x)
+
+
+def test_a_field_may_be_named_as_a_method_of_flax():
+    assert list(bnp.linen.find_layers(Init(), X)) == ["Dense_0"]
+
+
+def test_the_table_says_how_often_a_layer_is_called_and_what_was_taken_for_n():
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x, tokens):
+            head = nn.Dense(4, param_dtype=float, name="head")
+            return head(head(x)), nn.Dense(2, param_dtype=float, name="body")(tokens)
+
+    layers = bnp.linen.find_layers(Twice(), X, normal(0, 7, 3, 2))
+    assert layers["head"].calls == 2
+    assert layers == bnp.linen.find_layers(Twice(), X[:2], normal(0, 1, 3, 2))
+    lines = str(layers).splitlines()
+    assert "called 2 times" in lines[1]
+    assert "called" not in lines[2]
+    assert lines[-1] == "N, the examples of a batch, is the first axis of a layer's input: 5 here, but 7 of body."

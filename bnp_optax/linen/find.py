@@ -7,16 +7,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from flax import nnx
 
 from bnp_optax import tracing
 from bnp_optax.layers import Layers
 from bnp_optax.layouts import Product
 from bnp_optax.linen.calls import observe, parameters
 from bnp_optax.records import record_key
-from bnp_optax.tracing import Call, Log, Traced, Watch
+from bnp_optax.tracing import Call, Log, Traced, Watch, explicit_call
 from bnp_optax.trees import as_path
 
-_REMEDY = "Add 'intermediates': 0 to the variable_axes of nn.scan, nn.vmap and nn.RNN"
 _NOT_RECORDED = "inside a transform without 'intermediates': 0 in its variable_axes"
 
 
@@ -29,12 +29,12 @@ def find_layers(
 ) -> Layers:
     """Finds the layers of a model whose gradients can be preconditioned.
 
-    The model is traced abstractly, as its ``init`` would run: nothing is computed or allocated.
+    The model is traced abstractly, as its ``init`` and its ``apply`` would run: nothing is computed or allocated.
 
     Found are ``nn.Dense``, ``DenseGeneral`` (so attention too), ``Einsum``, ``Conv``, ``ConvLocal``,
     ``ConvTranspose``, the layers inside recurrent cells, subclasses that call these, and layers of
-    your own that call :func:`record`; also where ``nn.scan``, ``nn.vmap``, ``nn.remat`` and other
-    transforms lift them, if those that add axes have ``'intermediates': 0`` in ``variable_axes``.
+    your own that call :func:`register`; also where ``nn.scan``, ``nn.vmap``, ``nn.remat`` and other
+    transforms lift them, if ``nn.scan`` and ``nn.vmap`` have ``'intermediates': 0`` in ``variable_axes``.
 
     Args:
       model: a Flax Linen module.
@@ -48,8 +48,8 @@ def find_layers(
       The layers; ``print`` them for a table, which also says what is excluded and why.
 
     Raises:
-      ValueError: if recording would make the model fail, as where a layer is called both inside and
-        outside of a transform that adds an axis.
+      TypeError: if ``model`` is no Linen module.
+      ValueError: naming the layer, if its input is empty.
 
     Example:
       >>> import flax.linen as nn
@@ -65,23 +65,43 @@ def find_layers(
         layers_1/scale  3
       <BLANKLINE>
       2 layers cover 21 of 27 parameters (77.8%).
+      N, the examples of a batch, is the first axis of a layer's input: 1 here.
     """
-    init, arrays = _make_init(model, rngs, method, args, kwargs)
-    params = jax.eval_shape(init, {}, arrays).get("params", {})
-    shapes = {as_path(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(nn.unbox(params))}
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"find_layers(model, x) of Linen wants a flax.linen.Module, not {type(model).__name__}. "
+            + (
+                "That of bnp_optax.nnx is for this model."
+                if isinstance(model, nnx.Module)
+                else "Pass the model itself."
+            )
+        )
+    init, apply, arrays = _make_init(model, rngs, method, args, kwargs)
+    variables = jax.eval_shape(init, {}, arrays)
+    params = variables.get("params", {})
+    # traced, as a box constrains what it holds where a mesh is set
+    unboxed = jax.tree_util.tree_leaves_with_path(jax.eval_shape(nn.unbox, params))
+    shapes = {as_path(keys): leaf.shape for keys, leaf in unboxed}
     log = Log()
 
-    def trace(watch: Watch) -> Traced:
-        def forward(params: Any, arrays: list[jax.Array]) -> list[Call]:
+    def trace(run: Callable[..., Any], variables: Any, watch: Watch, log: Log) -> Traced:
+        def forward(variables: Any, arrays: list[jax.Array]) -> list[Call]:
             with observe(_Finder(watch, log)):
-                intermediates = init(params, arrays).get("intermediates", {})
+                intermediates = run(variables, arrays).get("intermediates", {})
             leaves = jax.tree.leaves(intermediates, is_leaf=_is_call)
             return [leaf for leaf in leaves if _is_call(leaf)]
 
-        jaxpr, calls = jax.make_jaxpr(forward, return_shape=True)(params, arrays)
-        return Traced(jaxpr, calls, [*shapes, *(None for _ in arrays)])
+        jaxpr, calls = jax.make_jaxpr(forward, return_shape=True)(variables, arrays)
+        return Traced(jaxpr, calls, [*shapes, *[None] * (len(jaxpr.jaxpr.invars) - len(shapes))])
 
-    return tracing.find(trace, log, shapes, _REMEDY, _NOT_RECORDED)
+    def trace_init(watch: Watch) -> Traced:
+        return trace(init, params, watch, log)
+
+    def trace_pass(watch: Watch, log: Log) -> Traced:
+        others = {name: value for name, value in variables.items() if name not in ("params", "intermediates")}
+        return trace(apply, (params, others), watch, log)
+
+    return tracing.find(trace_init, trace_pass, log, shapes, _NOT_RECORDED)
 
 
 @dataclasses.dataclass(eq=False)
@@ -91,24 +111,35 @@ class _Finder:
     Attributes:
       watch: which calls it leaves.
       log: where it notes them.
+      counting: ``None``, as no record is made.
     """
 
     watch: Watch
     log: Log
+    counting: None = None
 
     def see(self, module: nn.Module, product: Product) -> None:
         """Leaves the call, pooled with earlier ones."""
         call = self.log.note(module.path, module, product, parameters(module), self.watch)
-        if call is not None:
-            key = record_key(product.kernel)
-            if not module.sow(
-                "intermediates", key, call, lambda earlier, call: call.pooled_with(earlier), lambda: None
-            ):
-                self.log.reasons |= dict.fromkeys(self.log.seen[call.site], _NOT_RECORDED)
+        if call is not None and not _sow(module, product.kernel, call):
+            self.log.reasons |= dict.fromkeys(self.log.seen[call.site], _NOT_RECORDED)
+
+    def see_explicit(self, module: nn.Module, product: Product, owner: nn.Module) -> None:
+        """Leaves the call with the module that makes it, so that its kernel's parameter is known."""
+        site = (*owner.path, "apply", *module.path, product.kernel)
+        if self.watch(site):
+            _sow(owner, "/".join(site), explicit_call(site, product, parameters(module)))
 
     def leave(self, module: nn.Module, reason: str) -> None:
         """Notes the reason."""
         self.log.reasons[module.path] = reason
+
+
+def _sow(module: nn.Module, kernel: str, call: Call) -> bool:
+    """Leaves a call with a module; returns whether a transform around it lets it out."""
+    return module.sow(
+        "intermediates", record_key(kernel), call, lambda earlier, call: call.pooled_with(earlier), lambda: None
+    )
 
 
 def _is_call(leaf: Any) -> bool:
@@ -117,8 +148,8 @@ def _is_call(leaf: Any) -> bool:
 
 def _make_init(
     model: nn.Module, rngs: Any, method: Callable[..., Any] | str | None, args: Any, kwargs: Any
-) -> tuple[Callable[[Mapping[str, Any], list[jax.Array]], Any], list[Any]]:
-    """Returns ``model.init`` as a function of parameters and of arrays, and the arrays.
+) -> tuple[Callable[..., Any], Callable[..., Any], list[Any]]:
+    """Returns ``model.init`` and ``model.apply`` as functions of variables and of arrays, and the arrays.
 
     To be recognized, parameters must be inputs of the traced program, where ``init`` makes its own. But it makes only
     those that it does not find, so that it is given them where it begins. So the model runs as in ``init``, in which it
@@ -126,7 +157,8 @@ def _make_init(
 
     Returns:
       A function of parameters, in part or ``{}``, and of the arrays among the keys and arguments, the rest of which
-      stay static; and these arrays.
+      stay static; one of a pair, the parameters and the other variables, and of these arrays, which returns the updated
+      variables; and the arrays.
     """
     leaves, treedef = jax.tree.flatten((rngs, args, kwargs))
     is_array = [isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct) for leaf in leaves]
@@ -139,10 +171,21 @@ def _make_init(
                 return getattr(method, "__func__", method)(module, *args, **kwargs)
             return getattr(module, "__call__" if method is None else method)(*args, **kwargs)
 
+        rngs, args, kwargs = merge(arrays)
+        return nn.Module.init(model, rngs, *args, method=begin, mutable=True, **kwargs)  # a field may be named init
+
+    def apply(params_and_others: tuple[Any, Mapping[str, Any]], arrays: list[jax.Array]) -> Any:
+        params, others = params_and_others
+        rngs, args, kwargs = merge(arrays)
+        streams = dict(rngs) if isinstance(rngs, Mapping) else {"params": rngs}  # others are made of it, as in init
+        return nn.Module.apply(
+            model, {"params": params, **others}, *args, rngs=streams, method=method, mutable=True, **kwargs
+        )[1]
+
+    def merge(arrays: list[jax.Array]) -> tuple[Any, Any, Any]:
         remaining = iter(arrays)
         merged = [next(remaining) if dynamic else leaf for leaf, dynamic in zip(leaves, is_array, strict=True)]
         rngs, args, kwargs = jax.tree.unflatten(treedef, merged)
-        rngs = jax.random.key(0) if rngs is None else rngs
-        return model.init(rngs, *args, method=begin, mutable=True, **kwargs)
+        return jax.random.key(0) if rngs is None else rngs, args, kwargs
 
-    return init, [leaf for leaf, dynamic in zip(leaves, is_array, strict=True) if dynamic]
+    return init, apply, [leaf for leaf, dynamic in zip(leaves, is_array, strict=True) if dynamic]

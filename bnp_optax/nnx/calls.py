@@ -1,32 +1,43 @@
 """Watch the calls of linear layers in an NNX model."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from flax import nnx
 
+from bnp_optax import observing
+from bnp_optax.counting import append_mask, split_mask
 from bnp_optax.layouts import LAYERS, Product, products, registered
+from bnp_optax.observing import Observers
 
-# What is done with a call of a layer.
-Observer = Callable[[nnx.Module, Product], None]
+
+class Observer(observing.Observer, Protocol):
+    """What is done with a call of a layer."""
+
+    def see(self, module: nnx.Module, product: Product) -> None:
+        """Called after a call of a linear layer."""
+
+    def name_of(self, module: nnx.Module) -> str:
+        """Returns the name of a module, ``""`` where it is not known."""
+
 
 _LAYERS = tuple(cls for cls in LAYERS if issubclass(cls, nnx.Module))
 
-# jax.jit traces again under another observer, so that what nnx.jit has in its cache is never used in its place.
-_observer = jax.make_user_context(None)
+_observers = Observers[Observer]()
 
 
 @contextlib.contextmanager
 def observe(observer: Observer) -> Iterator[None]:
-    """Calls the observer after every call of a linear layer in this thread."""
+    """Lets the observer see every call of a linear layer in this thread."""
     _observed_classes.enter()
     try:
-        with _observer(observer):
+        with _observers.entered(observer):
             yield
     finally:
         _observed_classes.leave()
@@ -46,7 +57,7 @@ class _ObservedClasses:
             if self._num_contexts == 1:
                 for cls in _LAYERS:
                     self._replace(cls, _observed(cls, cls.__call__))
-                self._replace(nnx.RNN, _with_axis_of_time(nnx.RNN.__call__))
+                self._replace(nnx.RNN, _letting_records_out(nnx.RNN.__call__))
 
     def _replace(self, cls: type[Any], call: Callable[..., Any]) -> None:
         self._original[cls] = cls.__call__
@@ -70,36 +81,76 @@ def _observed(cls: type[Any], original: Callable[..., Any]) -> Callable[..., Any
     @functools.wraps(original)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
-        if (observer := _observer.value) is not None:
+        if (observer := _observers.current) is not None:
             bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()
             _, *arguments = bound.args
-            for product in products(cls, self, parameters(self), *arguments):
-                observer(self, product)
+            for product in products(cls, self, parameters(self), result, *arguments):
+                observer.see(self, product)
         return result
 
     return call
 
 
-def _with_axis_of_time(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives what is stored inside an RNN an axis of time; by default the RNN carries all that its cell holds."""
+def _letting_records_out(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives what is stored inside an RNN an axis of time, and keeps the steps that are padding out of it.
+
+    By default the RNN carries all that its cell holds. The mask travels with what the RNN scans, as one more feature
+    that is taken off before the cell sees it: it is sliced, and where the RNN is reversed flipped, as the inputs are.
+    """
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def call(self: nnx.RNN, *args: Any, **kwargs: Any) -> Any:
-        return original(self if _observer.value is None else _WithAxisOfTime(self), *args, **kwargs)
+        if (observer := _observers.current) is None:
+            return original(self, *args, **kwargs)
+        if observer.counting is None:
+            return original(_SteppingRNN(self, self.cell), *args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        _, inputs, *rest = bound.args
+        options = bound.kwargs
+        time_major = self.time_major if options["time_major"] is None else options["time_major"]
+        features = self.cell.num_feature_axes
+        time_axis = 0 if time_major else inputs.ndim - features - 1
+        name = observer.name_of(self)
+        masked = observer.counting.of_steps(inputs, name, features, time_axis, options["seq_lengths"])
+        if masked is None:
+            return original(_SteppingRNN(self, self.cell), *args, **kwargs)
+        rnn = _SteppingRNN(self, _MaskedCell(self.cell, features))
+        with _observers.entered(dataclasses.replace(observer, counting=masked)):  # type: ignore[type-var]
+            return original(rnn, append_mask(inputs, masked.mask), *rest, **options)
 
     return call
 
 
-class _WithAxisOfTime:
-    """An RNN seen with other ``state_axes``; the RNN itself stays as it is."""
+class _SteppingRNN:
+    """An RNN seen with another cell and other ``state_axes``; the RNN itself stays as it is."""
 
-    def __init__(self, rnn: nnx.RNN) -> None:
+    def __init__(self, rnn: nnx.RNN, cell: Any) -> None:
         self._rnn = rnn
+        self.cell = cell
         self.state_axes = dict[Any, Any]({nnx.Intermediate: 0}) | dict(rnn.state_axes)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._rnn, name)
+
+
+class _MaskedCell(nnx.Module):
+    """A cell whose input has the mask of the step as its last feature."""
+
+    def __init__(self, cell: Any, num_feature_axes: int) -> None:
+        self.cell, self.num_feature_axes = cell, num_feature_axes
+
+    def __call__(self, carry: Any, inputs: jax.Array) -> Any:
+        inputs, mask = split_mask(inputs, self.num_feature_axes)
+        observer: Any = _observers.current
+        counting = dataclasses.replace(observer.counting, mask=mask)
+        with _observers.entered(dataclasses.replace(observer, counting=counting)):
+            return self.cell(carry, inputs)
+
+    def initialize_carry(self, input_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
+        return self.cell.initialize_carry((*input_shape[:-1], input_shape[-1] - 1), *args, **kwargs)
 
 
 def register(
@@ -150,11 +201,12 @@ def register(
       w      Experts   4x3x8       3  w, b           128
       <BLANKLINE>
       1 layer covers 128 of 128 parameters (100.0%).
+      N, the examples of a batch, is the first axis of a layer's input: 16 here.
     """
-    if (observer := _observer.value) is not None:
+    if (observer := _observers.current) is not None:
         where, own = type(module).__name__, parameters(module)
         product = registered(where, own, x, kernel, bias, kernel_roles, bias_roles, input_axes, stack_axes)
-        observer(module, product)
+        observer.see(module, product)
 
 
 def parameters(module: nnx.Module) -> dict[str, jax.Array]:

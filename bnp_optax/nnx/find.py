@@ -1,9 +1,11 @@
 """Find the linear layers of an NNX model."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 from flax import nnx
 
@@ -11,13 +13,15 @@ from bnp_optax import tracing
 from bnp_optax.layers import Layers, Path, layer_name
 from bnp_optax.layouts import Product, reason_to_exclude
 from bnp_optax.nnx.calls import observe, parameters
-from bnp_optax.nnx.recording import REMEDY, captured_by, module_paths, store
+from bnp_optax.nnx.recording import SITE, LostError, Site, captured_by, module_paths, store
 from bnp_optax.records import record_key
 from bnp_optax.tracing import Call, Log, Traced, Watch
 from bnp_optax.trees import as_path
 
-_NOT_RECORDED = "called where its record is lost: in a transform of jax, or of nnx without axis 0 for nnx.Intermediate"
-_SITE = "bnp_optax.site"  # no name of a module
+_NOT_RECORDED = (
+    "called where its record is lost: in a transform of jax, in one of nnx without axis 0 for nnx.Intermediate, or in "
+    "one branch of nnx.cond alone"
+)
 
 
 def find_layers(model: nnx.Module, *args: Any, method: Callable[..., Any] | str | None = None, **kwargs: Any) -> Layers:
@@ -45,7 +49,8 @@ def find_layers(model: nnx.Module, *args: Any, method: Callable[..., Any] | str 
       paths are those of ``nnx.state(model, nnx.Param)``.
 
     Raises:
-      ValueError: naming the layers, if recording their inputs would make the forward pass fail.
+      TypeError: if ``model`` is no NNX module.
+      ValueError: naming the layer, if its input is empty.
 
     Example:
       >>> from flax import nnx
@@ -61,7 +66,17 @@ def find_layers(model: nnx.Module, *args: Any, method: Callable[..., Any] | str 
         layers/1/scale  3
       <BLANKLINE>
       1 layer covers 15 of 21 parameters (71.4%).
+      N, the examples of a batch, is the first axis of a layer's input: 1 here.
     """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"find_layers(model, x) of NNX wants a flax.nnx.Module, not {type(model).__name__}. "
+            + (
+                "That of bnp_optax.linen is for this model."
+                if isinstance(model, nn.Module)
+                else "Pass the model itself."
+            )
+        )
 
     def run(model: Any, *args: Any, **kwargs: Any) -> Any:
         if callable(method):
@@ -72,25 +87,16 @@ def find_layers(model: nnx.Module, *args: Any, method: Callable[..., Any] | str 
     graphdef, state = nnx.split((model, leaves))  # together, as the arguments may refer to parts of the model
     shapes = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
     modules = module_paths(model)
-    sites = nnx.from_flat_state([((*keys, _SITE), _Found(_Site(path))) for path, (keys, _) in modules.items()])
+    sites = nnx.from_flat_state([((*keys, SITE), _Found(Site(path))) for path, (keys, _) in modules.items()])
     log = Log(reasons={path: reason_to_exclude(module) for path, (_, module) in modules.items()})
 
-    def trace(watch: Watch) -> Traced:
-        def see(module: nnx.Module, product: Product) -> None:
-            captured = captured_by(module, _Found)
-            if captured is None or _SITE not in captured.get_value():
-                return
-            path = captured.get_value()[_SITE].path
-            if (call := log.note(path, module, product, parameters(module), watch)) is not None:
-                key = record_key(product.kernel)
-                store(captured, key, call.pooled_with(captured.get_value().get(key)), layer_name(call.site))
-
+    def trace(watch: Watch, log: Log) -> Traced:
         def forward(state: Any, shapes: list[jax.Array]) -> list[Call]:
             model, leaves = nnx.merge(graphdef, state)
             remaining = iter(shapes)
             leaves = [next(remaining) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for leaf in leaves]
             args, kwargs = jax.tree.unflatten(treedef, leaves)
-            with observe(see):
+            with observe(_Finder(watch, log)):
                 _, found = nnx.capture(run, _Found, init=sites)(model, *args, **kwargs)
             values = [variable.get_value() for _, variable in nnx.to_flat_state(found)]
             return [value for value in values if isinstance(value, Call)]
@@ -103,7 +109,7 @@ def find_layers(model: nnx.Module, *args: Any, method: Callable[..., Any] | str 
 
     params = jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param), is_leaf=_is_variable)
     shapes_by_path = {as_path(keys): variable.shape for keys, variable in params}
-    return tracing.find(trace, log, shapes_by_path, REMEDY, _NOT_RECORDED)
+    return tracing.find(functools.partial(trace, log=log), trace, log, shapes_by_path, _NOT_RECORDED)
 
 
 def _is_variable(leaf: Any) -> bool:
@@ -114,9 +120,33 @@ class _Found(nnx.Intermediate[Any]):
     """What is stored in the search for layers."""
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Site:
-    """Tells a module its path, also inside transforms, where another object stands for it."""
+@dataclasses.dataclass(eq=False)
+class _Finder:
+    """Stores each call in the place of its record.
 
-    path: Path
+    Attributes:
+      watch: which calls it leaves.
+      log: where it notes them.
+      counting: ``None``, as no record is made.
+    """
+
+    watch: Watch
+    log: Log
+    counting: None = None
+
+    def see(self, module: nnx.Module, product: Product) -> None:
+        """Stores the call, pooled with earlier ones."""
+        captured = captured_by(module, _Found)
+        if captured is None or SITE not in captured.get_value():
+            return
+        path = captured.get_value()[SITE].path
+        if (call := self.log.note(path, module, product, parameters(module), self.watch)) is not None:
+            key = record_key(product.kernel)
+            try:
+                store(captured, key, call.pooled_with(captured.get_value().get(key)), layer_name(call.site))
+            except LostError:
+                self.log.reasons |= dict.fromkeys(self.log.seen[call.site], _NOT_RECORDED)
+
+    def name_of(self, module: nnx.Module) -> str:
+        """Returns nothing, as no mask asks for it."""
+        return ""

@@ -5,20 +5,27 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 from flax import errors, nnx
+from jax.typing import ArrayLike
 
-from bnp_optax.layers import Layers, Path
+from bnp_optax.counting import Counting, Mask, RecordError
+from bnp_optax.layers import Layers, Path, layer_name
 from bnp_optax.layouts import Layout, Product
 from bnp_optax.moments import InputMoments
 from bnp_optax.nnx.calls import observe
-from bnp_optax.records import RecordError, by_layer, empty_record, moments_of, pool_records, record_key
+from bnp_optax.records import by_layer, empty_record, moments_of, pool_records, record_key
 
-REMEDY = (
+_REMEDY = (
     "Pass the module as an argument to a transform of nnx (not of jax) that gives records an axis 0, as "
     "nnx.StateAxes({nnx.Intermediate: 0, ...: None}) does where parameters are shared; in nnx.cond, call it in all "
-    "branches"
+    "branches; or record the others alone: capture(model, layers=layers)"
 )
+
+
+class LostError(RecordError):
+    """A record that cannot leave a transform."""
 
 
 def capture(
@@ -26,6 +33,8 @@ def capture(
     *,
     layers: Layers | None = None,
     axis_name: str | tuple[str, ...] | None = None,
+    mask: Mask | None = None,
+    examples: ArrayLike | None = None,
 ) -> Callable[..., tuple[Any, dict[str, InputMoments]]]:
     """Makes a model return the moments of every layer's input beside its output.
 
@@ -42,13 +51,22 @@ def capture(
         need it, as all branches must record the same layers.
       axis_name: the name of a mapped axis (`jax.shard_map`, `jax.vmap`) over which the batch is
         split; the records are those of the whole batch.
+      mask: which positions of the layers' inputs count, as ``nnx.BatchNorm`` has it: an array of the shape of the
+        inputs' leading axes, ``[examples]`` or ``[examples, time]``, of booleans or of weights that are not negative;
+        several for inputs of several shapes, of which each takes the longest that fits; or a function of a layer's
+        name and its input that returns such an array, ``None`` if all of it counts, or ``False`` if the call does not
+        count. What does not count enters neither mean nor variance nor N. ``nnx.RNN`` masks its cell by its
+        ``seq_lengths``, and by a mask that fits its input.
+      examples: N, how many examples the pass has, instead of the size of the first axis of a layer's input.
 
     Returns:
       A function with the arguments of ``model``, which returns its output and the records by layer.
 
     Raises:
+      TypeError: if ``model`` is no NNX module and no function, or ``examples`` no integer; when it is called, if a
+        function's arguments have no module.
       ValueError: when it is called, naming the layer, if a record cannot leave a transform inside
-        the model, a layer's input is empty, or the model has not the ``layers``.
+        the model, a layer's input is empty, no mask fits it, or the model has not the ``layers``.
 
     Example:
       >>> from flax import nnx
@@ -56,22 +74,52 @@ def capture(
       >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
       >>> y, records = capture(model)(jax.numpy.array([[1.0, 4.0], [3.0, 4.0]]))
       >>> print(records["layers/0"].mean, records["layers/0"].examples)
-      [[[2. 4.]]] [2.]
+      [[[2. 4.]]] [2]
     """
+    counting = Counting.of(axis_name, mask, examples)
+    if isinstance(model, nn.Module) or not callable(model):
+        raise TypeError(
+            f"capture(model) of NNX wants a flax.nnx.Module, or a function of one, not {type(model).__name__}. "
+            + (
+                "That of bnp_optax.linen is for this model."
+                if isinstance(model, nn.Module)
+                else "Pass the model itself."
+            )
+        )
 
     def call_and_record(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, InputMoments]]:
         # as nnx.capture finds it: the model, that of a bound method, or a function's first argument
         module = next((m for m in (model, getattr(model, "__self__", None), *args) if isinstance(m, nnx.Module)), None)
-        expected = None if layers is None else _expected(module, layers)
-        with observe(_Recorder(axis_name, expected_only=layers is not None)):
-            y, intermediates = nnx.capture(model, nnx.Intermediate, init=expected)(*args, **kwargs)
+        if module is None:
+            raise TypeError("capture(function) wants the model as the function's first argument, an nnx.Module.")
+        stored = [] if layers is None else _expected(module, layers)
+        if callable(mask):
+            stored += [
+                ((*keys, SITE), nnx.Intermediate[Any](Site(path))) for path, (keys, _) in module_paths(module).items()
+            ]
+        with observe(_Recorder(counting, expected_only=layers is not None, captures=True)):
+            init = nnx.from_flat_state(stored) if stored else None
+            try:
+                y, intermediates = nnx.capture(model, nnx.Intermediate, init=init)(*args, **kwargs)
+            except BaseException:
+                _forget_captures(module)
+                raise
         return y, by_layer(intermediates)
 
     return call_and_record
 
 
+def _forget_captures(model: nnx.Module) -> None:
+    """Takes away what Flax leaves in the modules of a pass that fails, which it cannot sort among a list's members."""
+    for _, module in nnx.iter_modules(model):
+        if hasattr(module, "__captures__"):
+            del module.__captures__
+
+
 @contextlib.contextmanager
-def record_inputs(axis_name: str | tuple[str, ...] | None = None) -> Iterator[None]:
+def record_inputs(
+    axis_name: str | tuple[str, ...] | None = None, mask: Mask | None = None, examples: ArrayLike | None = None
+) -> Iterator[None]:
     """Records the moments of every layer's input as ``nnx.Intermediate`` variables.
 
     What :func:`capture` does beneath: inside the context, ``nnx.capture(model, nnx.Intermediate)(x)``
@@ -97,6 +145,8 @@ def record_inputs(axis_name: str | tuple[str, ...] | None = None) -> Iterator[No
     Args:
       axis_name: the name of a mapped axis (`jax.shard_map`, `jax.vmap`) over which the batch is
         split; the records are those of the whole batch.
+      mask: as in :func:`capture`, but that names of layers are not known here: ``""``.
+      examples: as in :func:`capture`.
 
     Yields:
       Nothing.
@@ -114,7 +164,7 @@ def record_inputs(axis_name: str | tuple[str, ...] | None = None) -> Iterator[No
       >>> print(intermediates["kernel_input"].get_value().mean)
       [[[2. 4.]]]
     """
-    with observe(_Recorder(axis_name)):
+    with observe(_Recorder(Counting.of(axis_name, mask, examples))):
         yield
 
 
@@ -122,22 +172,46 @@ def record_inputs(axis_name: str | tuple[str, ...] | None = None) -> Iterator[No
 class _Recorder:
     """Stores the moments of every layer's input."""
 
-    axis_name: str | tuple[str, ...] | None
+    counting: Counting
     expected_only: bool = False
+    captures: bool = False
 
-    def __call__(self, module: nnx.Module, product: Product) -> None:
+    def see(self, module: nnx.Module, product: Product) -> None:
         """Stores the record of the layer's input in the module, pooled with those of earlier calls."""
         if not isinstance(product.layout, Layout):
             return
-        where = f"{type(module).__name__} with a kernel of shape {getattr(module, product.kernel).shape}"
+        site = self.name_of(module)
+        name = layer_name((*site.split("/"), product.kernel)) if site else ""
+        where = name or f"{type(module).__name__} with a kernel of shape {getattr(module, product.kernel).shape}"
         if (captured := captured_by(module, nnx.Intermediate)) is None:
+            if self.captures:
+                return  # a layer that the pass makes, which is none of the model
             raise RecordError(where, ", as nothing collects it. Call nnx.capture(model)(x) of bnp_optax")
         key = record_key(product.kernel)
         if self.expected_only and key not in captured.get_value():
             return
         earlier = captured.get_value().get(key)
-        record = moments_of(product.layout, product.x, where, self.axis_name)
+        if callable(self.counting.mask) and self.captures and not name:
+            raise RecordError(where, ": no name to ask the mask for, as it is not in the model that capture was given")
+        record = moments_of(self.counting, product.layout, product.x, name, where)
         store(captured, key, pool_records(None if earlier == _Expected() else earlier, record, where), where)
+
+    def name_of(self, module: nnx.Module) -> str:
+        """Returns the path of a module where ``capture`` has left it."""
+        captured = captured_by(module, nnx.Intermediate)
+        site = None if captured is None else captured.get_value().get(SITE)
+        return "" if site is None else "/".join(site.path)
+
+
+SITE = "bnp_optax.site"  # no name of a module
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Tells a module its path, also inside transforms, where another object stands for it."""
+
+    path: Path
 
 
 @jax.tree_util.register_static
@@ -146,7 +220,7 @@ class _Expected:
     """Stands for a record whose shape depends on the batch, until its layer is called."""
 
 
-def _expected(model: Any, layers: Layers) -> nnx.State[Any, Any]:
+def _expected(model: Any, layers: Layers) -> list[tuple[tuple[Any, ...], nnx.Intermediate[Any]]]:
     """Returns what the modules of the layers hold before a pass: empty records."""
     keys_by_name = {"/".join(path): keys for path, (keys, _) in module_paths(model).items()}
     state = []
@@ -156,7 +230,7 @@ def _expected(model: Any, layers: Layers) -> nnx.State[Any, Any]:
             raise ValueError(f"layers describes {layer.path}, which the model does not have. Find its own layers.")
         value = nnx.Intermediate[Any](empty_record(layer) or _Expected())
         state.append(((*keys_by_name[module], record_key(kernel)), value))
-    return nnx.from_flat_state(state)
+    return state
 
 
 def captured_by(module: nnx.Module, variable_type: type[nnx.Intermediate[Any]]) -> nnx.Intermediate[Any] | None:
@@ -173,7 +247,7 @@ def store(captured: nnx.Intermediate[Any], key: str, value: Any, where: str) -> 
     try:
         captured.set_value({**captured.get_value(), key: value})
     except errors.TraceContextError as error:
-        raise RecordError(where, f", as a transform around it closes over the module. {REMEDY}") from error
+        raise LostError(where, f", as a transform around it closes over the module. {_REMEDY}") from error
 
 
 def module_paths(model: nnx.Module) -> dict[Path, tuple[tuple[Any, ...], nnx.Module]]:

@@ -1,0 +1,210 @@
+"""What a layer multiplies is its input and its parameters as they stand, in training too, or it is excluded."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import assert_moments, init, make
+
+import bnp_optax as bnp
+
+pytestmark = pytest.mark.usefixtures("x64", "standard_promotion")
+
+X = np.random.default_rng(0).normal(1, 2, (5, 4))
+
+
+def with_parameters(change):
+    """A dense layer that changes its parameters before it uses them."""
+
+    class Changed(nn.Dense):
+        def param(self, name, *args, **kwargs):
+            return change(name, super().param(name, *args, **kwargs), self)
+
+    return Changed(4, param_dtype=float)
+
+
+def with_product(product):
+    """A dense layer with another product of input and kernel."""
+    return nn.Dense(4, param_dtype=float, dot_general=lambda x, k, *args, **kwargs: product(jnp.matmul, x, k))
+
+
+COMPUTED = "its kernel is computed from the parameter before the product"
+NOT_THE_PRODUCT = "its output is not the product of its input and its kernel as they stand"
+NOT_ITS_BIAS = "what it adds to the product is not its bias as it stands"
+
+EXCLUDED = {
+    "a kernel that is not trained": (
+        with_parameters(lambda name, p, _: jax.lax.stop_gradient(p) if name == "kernel" else p),
+        COMPUTED,
+    ),
+    "weights that drop in training alone": (
+        with_parameters(lambda name, p, m: p if name == "bias" or m.is_initializing() else p * (p > 0)),
+        COMPUTED,
+    ),
+    "a doubled bias": (with_parameters(lambda name, p, _: 2 * p if name == "bias" else p), NOT_ITS_BIAS),
+    "another input": (with_product(lambda dot, x, k: dot(2 * x + 1, k)), NOT_THE_PRODUCT),
+    "two products": (with_product(lambda dot, x, k: dot(x, k) + dot(x * x, k)), NOT_THE_PRODUCT),
+    "a doubled product": (with_product(lambda dot, x, k: 2 * dot(x, k)), NOT_THE_PRODUCT),
+    "a sum of the kernel": (with_product(lambda dot, x, k: dot(x, k) + k.sum(0)), NOT_ITS_BIAS),
+}
+
+
+@pytest.mark.parametrize("name", EXCLUDED)
+def test_a_layer_that_computes_otherwise_is_excluded_with_the_reason(name):
+    model, reason = EXCLUDED[name]
+    layers = bnp.linen.find_layers(model, X)
+    assert not layers.included
+    assert {other.path: other.reason for other in layers.excluded} == {("kernel",): reason, ("bias",): reason}
+
+
+INCLUDED = {
+    "plainly": with_product(lambda dot, x, k: dot(x, k)),
+    "behind a barrier": with_product(lambda dot, x, k: dot(*jax.lax.optimization_barrier((x, k)))),
+    "in half precision": nn.Dense(4, param_dtype=float, dtype=jnp.bfloat16),
+    "with a name for remat": with_product(lambda dot, x, k: jax.ad_checkpoint.checkpoint_name(dot(x, k), "y")),
+    "wrapped around": nn.ConvTranspose(4, (3,), padding="CIRCULAR", param_dtype=float),
+    "padded before": nn.Conv(4, (3,), padding="REFLECT", param_dtype=float),
+}
+
+
+@pytest.mark.parametrize("name", INCLUDED)
+def test_a_layer_that_only_moves_what_it_multiplies_is_included(name):
+    assert list(bnp.linen.find_layers(INCLUDED[name], X)) == ["kernel"]
+
+
+def test_a_layer_that_training_alone_calls_inside_a_transform_of_jax_is_excluded():
+    class Mapped(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            inner, outer = (nn.Dense(4, param_dtype=float, name=name) for name in ("inner", "outer"))
+            return outer(inner(x) if self.is_initializing() else jax.lax.map(inner, x))
+
+    layers = bnp.linen.find_layers(Mapped(), X)
+    assert list(layers) == ["outer"]
+    assert {other.reason for other in layers.excluded} == {"inside a transform of JAX, which lets no record out"}
+
+
+class Shared(nn.Module):
+    """Its layer's parameters are its own."""
+
+    def setup(self):
+        self.dense = nn.Dense(4, param_dtype=float)
+        nn.share_scope(self, self.dense)
+
+    def __call__(self, x):
+        return self.dense(x)
+
+
+def test_a_layer_that_shares_the_scope_of_the_model_is_one_of_it():
+    layers = bnp.linen.find_layers(Shared(), X)
+    assert list(layers) == ["kernel"]
+    _, records = bnp.linen.capture(Shared())({"params": init(Shared(), X)}, X)
+    assert_moments(records["kernel"], X, examples=5)
+
+
+def test_both_branches_of_a_condition_may_read_other_inputs():
+    class Branches(nnx.Module):
+        def __init__(self, rngs):
+            self.layer = nnx.Linear(4, 3, rngs=rngs, param_dtype=float)
+
+        def __call__(self, x):
+            return nnx.cond(x[0, 0] > 0, lambda m, x: m.layer(x), lambda m, x: m.layer(2 * x), self, x)
+
+    assert list(bnp.nnx.find_layers(make(Branches), X)) == ["layer"]
+
+
+def test_a_layer_that_a_pass_makes_is_none_of_the_model():
+    class Makes(nnx.Module):
+        def __init__(self, rngs):
+            self.w, self.own = nnx.Param(jnp.ones((4, 4))), nnx.Linear(4, 3, rngs=rngs, param_dtype=float)
+
+        def __call__(self, x):
+            made = nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(0))
+            made.kernel = self.w
+            return self.own(made(x))
+
+    model = make(Makes)
+    layers = bnp.nnx.find_layers(model, X)
+    assert list(layers) == ["own"]
+    for options in ({}, {"layers": layers}):
+        _, records = bnp.nnx.capture(model, **options)(X)
+        assert list(records) == ["own"]
+
+
+def test_a_kernel_that_is_a_property_is_excluded():
+    class Property(nnx.Linear):
+        def __init__(self, rngs):
+            super().__init__(4, 3, rngs=rngs, param_dtype=float)
+
+        @property
+        def kernel(self):
+            return self.w * 0.1
+
+        @kernel.setter
+        def kernel(self, value):
+            self.w = value
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.layer = Property(rngs)
+
+        def __call__(self, x):
+            return self.layer(x)
+
+    model = make(Model)
+    layers = bnp.nnx.find_layers(model, X)
+    assert {other.reason for other in layers.excluded} == {"its kernel is not a parameter of its own"}
+    bnp.nnx.capture(model)(X)
+
+
+def test_layers_of_another_tree_are_refused_by_capture():
+    model = nn.Dense(3, param_dtype=float, name="policy")
+    layers, params = bnp.linen.find_layers(model, X), init(model, X)
+    with pytest.raises(ValueError, match=r"layers describes policy/params, which the model does not have"):
+        bnp.linen.capture(model, layers=layers.under("policy", "params"))({"params": params}, X)
+
+
+@pytest.mark.parametrize(("options", "error"), [({"examples": 0}, ValueError), ({"examples": "3"}, TypeError)])
+def test_examples_that_are_no_number_of_examples_are_refused(options, error):
+    with pytest.raises(error, match="examples must be"):
+        bnp.linen.capture(nn.Dense(3), **options)
+
+
+def test_what_is_no_model_is_a_type_error():
+    for api, wrong in (
+        (bnp.linen, {"params": {}}),
+        (bnp.linen, make(nnx.Linear, 4, 3)),
+        (bnp.nnx, nn.Dense(3)),
+        (bnp.nnx, {}),
+    ):
+        with pytest.raises(TypeError, match=r"capture\(model\) of .* wants a flax"):
+            api.capture(wrong)
+
+
+def test_no_array_of_a_pass_stays_in_the_caches_of_jax():
+    model = nn.Dense(3, param_dtype=float)
+    params = init(model, X)
+    with jax.checking_leaks():
+        jax.jit(lambda mask: bnp.linen.capture(model, mask=mask)({"params": params}, X)[1])(jnp.ones(5, bool))
+
+
+def test_methods_that_call_a_layer_in_several_ways_exclude_it():
+    class Cell(nn.Module):
+        def setup(self):
+            self.cell = nn.SimpleCell(4, param_dtype=float)
+            self.rnn, self.out = nn.RNN(self.cell), nn.Dense(2, param_dtype=float)
+
+        def __call__(self, x):
+            return self.out(self.rnn(x))
+
+        def step(self, carry, x):
+            return self.out(self.cell(carry, x)[1])
+
+    x = np.ones((2, 3, 4))
+    both = bnp.linen.find_layers(Cell(), x) | bnp.linen.find_layers(Cell(), x[:, 0], x[:, 0], method="step")
+    assert list(both) == ["out"]
+    assert {other.reason for other in both.excluded} == {"called in several ways"}
+    with pytest.raises(ValueError, match=r"Both have a layer kernel, of other shapes: these are two models"):
+        bnp.linen.find_layers(nn.Dense(2), X) | bnp.linen.find_layers(nn.Dense(3), X)
