@@ -97,11 +97,13 @@ class Log:
         parameters that the call read.
       reasons: why parameters are excluded that are no layer's, by their path or that of their module.
       counts: whether calls are counted.
+      explicit: how many calls with explicit parameters it has seen.
     """
 
     seen: dict[Path, list[Path]] = dataclasses.field(default_factory=dict)
     reasons: dict[Path, str] = dataclasses.field(default_factory=dict)
     counts: bool = False
+    explicit: int = 0
 
     def note(
         self, path: Path, module: Any, product: Product, parameters: Mapping[str, jax.Array], watch: Watch

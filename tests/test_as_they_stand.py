@@ -86,6 +86,22 @@ def test_a_layer_that_training_alone_calls_inside_a_transform_of_jax_is_excluded
     assert {other.reason for other in layers.excluded} == {"inside a transform of JAX, which lets no record out"}
 
 
+def test_each_layer_that_is_also_applied_with_explicit_parameters_is_excluded():
+    class Again(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layers = [nn.Dense(4, param_dtype=float, name=name) for name in "abc"]
+            for layer in layers:
+                x = layer(x)
+            for layer in layers[:2]:
+                x = nn.Dense(4, parent=None).apply({"params": layer.variables["params"]}, x)
+            return x
+
+    layers = bnp.linen.find_layers(Again(), X)
+    assert list(layers) == ["c"]
+    assert {other.path[0] for other in layers.excluded} == {"a", "b"}
+
+
 class Shared(nn.Module):
     """Its layer's parameters are its own."""
 

@@ -126,7 +126,8 @@ class _Finder:
 
     def see_explicit(self, module: nn.Module, product: Product, owner: nn.Module) -> None:
         """Leaves the call with the module that makes it, so that its kernel's parameter is known."""
-        site = (*owner.path, "apply", *module.path, product.kernel)
+        self.log.explicit += 1  # each is of its own parameters, also where two modules have equal names
+        site = (*owner.path, f"apply_{self.log.explicit}", *module.path, product.kernel)
         if self.watch(site):
             _sow(owner, "/".join(site), explicit_call(site, product, parameters(module)))
 
