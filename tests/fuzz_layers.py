@@ -13,7 +13,7 @@ SCAN = 2
 COMPUTED = {
     "standardized": lambda w: (w - w.mean(0, keepdims=True)) / (w.std(0, keepdims=True) + 0.1),
     "scaled": lambda w: 0.5 * w,
-    "masked": lambda w: w * (abs(w) > 0.2),
+    "masked": lambda w: w * (abs(w) > 0.2).astype(w.dtype),
 }
 
 

@@ -72,7 +72,7 @@ def draw(rng, choices):
 def draw_network(rng):
     kinds = []
     while EXCLUDED.keys() >= set(kinds):  # at least one layer is preconditioned
-        kinds = rng.choice(list(LAYERS), rng.integers(1, 4)).tolist()
+        kinds = rng.choice([*LAYERS, "rnn", "pooled"], rng.integers(1, 4)).tolist()  # these twice, as they count most
     return tuple((FrozenDict(kind=kind, **draw(rng, LAYERS[kind])), bool(rng.integers(2))) for kind in kinds)
 
 
