@@ -137,6 +137,12 @@ class Counting:
         return dataclasses.replace(self, mask=every, examples=examples)
 
 
+def axis_of_time(rnn: Any, x: jax.Array, time_major: bool | None) -> int:
+    """Returns which axis of its input an RNN, of either API, takes for time."""
+    is_first = rnn.time_major if time_major is None else time_major
+    return 0 if is_first else x.ndim - rnn.cell.num_feature_axes - 1
+
+
 def append_mask(x: jax.Array, mask: Any) -> jax.Array:
     """Returns an input with its mask as one more feature, the last along its last axis."""
     column = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)).astype(x.dtype)

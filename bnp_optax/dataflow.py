@@ -36,7 +36,7 @@ _MOVES = {
     "convert_element_type", "sharding_constraint", "reshard", "optimization_barrier", "name",
 }  # fmt: skip
 _SUMS = {"add", "add_any", "reduce_sum"}
-_MARK, PRIMAL = "name", "bnp_optax.primal"
+_PRIMAL = "bnp_optax.primal"
 
 # A variable, with the jaxpr that it is of.
 Root = tuple[core.Jaxpr, Any]
@@ -82,7 +82,7 @@ class Dataflow:
         if producer is None or isinstance(producer, int):
             return None if producer is None else Origin(producer, tuple(range(len(_shape(var)))))
         eqn, output = producer
-        if eqn.primitive.name == _MARK and eqn.params["name"] == PRIMAL:
+        if _is_primal(eqn):
             return self.origin(*self._unstopped(jaxpr, eqn.invars[0]))
         if (step := self._step(eqn, output)) is None:
             return None
@@ -100,7 +100,7 @@ class Dataflow:
             return itself
         eqn, output = producer
         name = eqn.primitive.name
-        if name == _MARK and eqn.params["name"] == PRIMAL:
+        if _is_primal(eqn):
             return self.roots(*self._unstopped(jaxpr, eqn.invars[0]))
         if name in _MOVES and jnp.issubdtype(var.aval.dtype, jnp.inexact):
             moved = {self.roots(jaxpr, operand) for operand in _moved(eqn, output)}
@@ -119,7 +119,7 @@ class Dataflow:
             name = eqn.primitive.name
             if name in _PRODUCTS:
                 return Terms(set(), pairs(*(self.roots(jaxpr, operand) for operand in eqn.invars[:2])))
-            if name == _MARK and eqn.params["name"] == PRIMAL:
+            if _is_primal(eqn):
                 return self.terms(*self._unstopped(jaxpr, eqn.invars[0]))
             if name in _SUMS or name in _MOVES:
                 return _union(self.terms(jaxpr, operand) for operand in _moved(eqn, output))
@@ -221,7 +221,12 @@ def made_in(closed: core.ClosedJaxpr) -> set[Any]:
 
 def primal(tree: Any) -> Any:
     """Returns arrays that can leave a gradient inside a program, and that the walks take for the arrays themselves."""
-    return jax.tree.map(lambda leaf: checkpoint_name(jax.lax.stop_gradient(leaf), PRIMAL), tree)
+    return jax.tree.map(lambda leaf: checkpoint_name(jax.lax.stop_gradient(leaf), _PRIMAL), tree)
+
+
+def _is_primal(eqn: core.JaxprEqn) -> bool:
+    """Returns whether an equation is the mark of :func:`primal`."""
+    return eqn.primitive.name == "name" and eqn.params["name"] == _PRIMAL
 
 
 def pairs(*factors: Roots) -> set[frozenset[Root]]:

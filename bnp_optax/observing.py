@@ -1,10 +1,12 @@
-"""Who observes the calls of layers in this thread, as part of what JAX caches by."""
+"""What both APIs need to observe a model: who observes it in this thread, and the error for what is no model."""
 
 import contextlib
 from collections.abc import Iterator
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
+import flax.linen as nn
 import jax
+from flax import nnx
 
 from bnp_optax.counting import Counting
 
@@ -55,3 +57,11 @@ class Observers(Generic[Kind]):
                 yield
         finally:
             del self._by_token[token]
+
+
+def no_model(wanted: str, given: Any) -> TypeError:
+    """Returns the error that something else than a model of this API was given, as one of the other."""
+    other = {nn.Module: "linen", nnx.Module: "nnx"}
+    of_other = next((name for cls, name in other.items() if isinstance(given, cls)), None)
+    remedy = "Pass the model itself." if of_other is None else f"That of bnp_optax.{of_other} is for this model."
+    return TypeError(f"{wanted}, not {type(given).__name__}. {remedy}")

@@ -125,28 +125,21 @@ class Log:
         self.seen[site] = read
         if not watch(site):
             return None
-        return call_of(site, module, product, product.layout, parameters, calls=int(self.counts))
-
-
-def call_of(
-    site: Path, module: Any, product: Product, layout: Layout, parameters: Mapping[str, jax.Array], calls: int
-) -> Call:
-    """Returns what a call of a layer leaves."""
-    name = layer_name(site)
-    x_is_traced = product.is_of_x and isinstance(product.x, jax.core.Tracer)
-    return Call(
-        site,
-        type(module).__name__,
-        layout,
-        examples=layout.examples(product.x),
-        calls=calls,
-        kernel=primal(parameters[product.kernel]),
-        bias=None if product.bias is None else primal(parameters[product.bias]),
-        record=moments_of(Counting(), layout, product.x, name, name),
-        x=primal(product.x) if x_is_traced else None,
-        y=primal(product.y),
-        marks=(jnp.zeros(2), jnp.zeros(3)),
-    )
+        name = layer_name(site)
+        x_is_traced = product.is_of_x and isinstance(product.x, jax.core.Tracer)
+        return Call(
+            site,
+            type(module).__name__,
+            product.layout,
+            examples=product.layout.examples(product.x),
+            calls=int(self.counts),
+            kernel=primal(parameters[product.kernel]),
+            bias=None if product.bias is None else primal(parameters[product.bias]),
+            record=moments_of(Counting(), product.layout, product.x, name, name),
+            x=primal(product.x) if x_is_traced else None,
+            y=primal(product.y),
+            marks=(jnp.zeros(2), jnp.zeros(3)),
+        )
 
 
 def explicit_call(site: Path, product: Product, parameters: Mapping[str, jax.Array]) -> Call:
@@ -154,6 +147,21 @@ def explicit_call(site: Path, product: Product, parameters: Mapping[str, jax.Arr
     kernel = primal(parameters[product.kernel])
     bias = None if product.bias is None else primal(parameters[product.bias])
     return Call(site, "", EXPLICIT, None, 0, kernel, bias, record=None, x=None, y=None, marks=())
+
+
+@dataclasses.dataclass(eq=False)
+class Finder:
+    """What leaves each call in the place of its record.
+
+    Attributes:
+      watch: which calls it leaves.
+      log: where it notes them.
+      counting: ``None``, as no record is made.
+    """
+
+    watch: Watch
+    log: Log
+    counting: None = None
 
 
 class Traced(NamedTuple):

@@ -140,12 +140,11 @@ def _listed(layers: Layers) -> set[Path]:
 def _prefix(leaves: Mapping[Path, Any], layers: Layers) -> Path:
     """Returns the keys beneath which a tree holds all layers, ``()`` if it does not."""
     unboxed = {path[:-1] for path in leaves}
-    masked = {path for path, leaf in leaves.items() if _is_masked(leaf)}
 
     def holds_all(prefix: Path) -> bool:
         paths = [(*prefix, *parameter.path) for parameter in _parameters(layers)]
         held = [path in leaves or path in unboxed for path in paths]
-        return any(held) and all(is_held or _is_inside(path, masked) for path, is_held in zip(paths, held, strict=True))
+        return any(held) and all(own or _is_emptied(path, leaves) for path, own in zip(paths, held, strict=True))
 
     if not layers or holds_all(()):
         return ()
@@ -161,9 +160,9 @@ def _prefix(leaves: Mapping[Path, Any], layers: Layers) -> Path:
     return prefixes[0] if prefixes else ()
 
 
-def _is_inside(path: Path, masked: set[Path]) -> bool:
+def _is_emptied(path: Path, leaves: Mapping[Path, Any]) -> bool:
     """Returns whether a mask is in the place of a path, or of a tree around it."""
-    return any(path[:depth] in masked for depth in range(1, len(path) + 1))
+    return any(_is_masked(leaves.get(path[:depth])) for depth in range(1, len(path) + 1))
 
 
 def _without(prefix: Path, parameters: set[Path], path: Path) -> Path:
@@ -174,7 +173,7 @@ def _without(prefix: Path, parameters: set[Path], path: Path) -> Path:
 
 def _is_held(parameter: Parameter, leaves: Mapping[Path, Any]) -> bool:
     """Returns whether a tree holds a parameter, rather than a mask of it or of a tree around it."""
-    if any(_is_masked(leaves.get(parameter.path[:depth])) for depth in range(1, len(parameter.path) + 1)):
+    if _is_emptied(parameter.path, leaves):
         return False
     if parameter.path not in leaves:
         raise ValueError(

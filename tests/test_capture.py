@@ -263,6 +263,24 @@ def test_a_method_of_what_is_no_module_takes_its_model_as_an_argument():
     assert_moments(records["kernel"], np.asarray(X), examples=5)
 
 
+def test_a_model_in_a_container_is_captured_with_its_layers_and_names():
+    models, asked = {"a": make(nnx.Linear, 4, 3)}, []
+    layers = bnp.nnx.find_layers(models["a"], X).under("a")
+    run = lambda models, x: models["a"](x)  # noqa: E731
+    for options in ({}, {"layers": layers}, {"mask": lambda name, x: asked.append(name)}):
+        _, records = bnp.nnx.capture(run, **options)(models, X)
+        assert list(records) == ["a"]
+        assert_moments(records["a"], np.asarray(X), examples=5)
+    assert asked == ["a"]
+
+
+def test_a_function_whose_first_argument_holds_no_model_is_a_type_error():
+    model = make(nnx.Linear, 4, 3)
+    for run, args, kwargs in ((lambda x, m: m(x), (X, model), {}), (lambda m: m(X), (), {"m": model})):
+        with pytest.raises(TypeError, match="wants the model as the function's first argument"):
+            bnp.nnx.capture(run)(*args, **kwargs)
+
+
 def test_functions_and_methods_of_nnx_are_captured():
     class Coder(nnx.Module):
         def __init__(self, rngs):

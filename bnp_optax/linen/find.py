@@ -1,20 +1,19 @@
 """Find the linear layers of a Linen model."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
-from flax import nnx
 
 from bnp_optax import tracing
 from bnp_optax.layers import Layers
 from bnp_optax.layouts import Product
 from bnp_optax.linen.calls import observe, parameters
+from bnp_optax.observing import no_model
 from bnp_optax.records import record_key
-from bnp_optax.tracing import Call, Log, Traced, Watch, explicit_call
+from bnp_optax.tracing import Call, Finder, Log, Traced, Watch, explicit_call
 from bnp_optax.trees import as_path
 
 _NOT_RECORDED = "inside a transform without 'intermediates': 0 in its variable_axes"
@@ -68,14 +67,7 @@ def find_layers(
       N, the examples of a batch, is the first axis of a layer's input: 1 here.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"find_layers(model, x) of Linen wants a flax.linen.Module, not {type(model).__name__}. "
-            + (
-                "That of bnp_optax.nnx is for this model."
-                if isinstance(model, nnx.Module)
-                else "Pass the model itself."
-            )
-        )
+        raise no_model("find_layers(model, x) of Linen wants a flax.linen.Module", model)
     init, apply, arrays = _make_init(model, rngs, method, args, kwargs)
     variables = jax.eval_shape(init, {}, arrays)
     params = variables.get("params", {})
@@ -104,19 +96,8 @@ def find_layers(
     return tracing.find(trace_init, trace_pass, log, shapes, _NOT_RECORDED)
 
 
-@dataclasses.dataclass(eq=False)
-class _Finder:
-    """Leaves each call in the place of its record.
-
-    Attributes:
-      watch: which calls it leaves.
-      log: where it notes them.
-      counting: ``None``, as no record is made.
-    """
-
-    watch: Watch
-    log: Log
-    counting: None = None
+class _Finder(Finder):
+    """Sows each call in the place of its record."""
 
     def see(self, module: nn.Module, product: Product) -> None:
         """Leaves the call, pooled with earlier ones."""

@@ -18,6 +18,7 @@ from bnp_optax.layers import Layers, layer_name
 from bnp_optax.layouts import Layout, Product
 from bnp_optax.linen.calls import observe
 from bnp_optax.moments import InputMoments
+from bnp_optax.observing import no_model
 from bnp_optax.records import by_layer, empty_record, moments_of, pool_records, record_key
 
 
@@ -76,14 +77,7 @@ def capture(
     """
     apply = model.apply if isinstance(model, nn.Module) else model
     if not callable(apply) or isinstance(model, nnx.Module):
-        raise TypeError(
-            f"capture(model) of Linen wants a flax.linen.Module, or its apply, not {type(model).__name__}. "
-            + (
-                "That of bnp_optax.nnx is for this model."
-                if isinstance(model, nnx.Module)
-                else "Pass the model itself."
-            )
-        )
+        raise no_model("capture(model) of Linen wants a flax.linen.Module, or its apply", model)
     counting = Counting.of(axis_name, mask, examples)
 
     def apply_and_record(

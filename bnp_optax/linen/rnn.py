@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 from flax.core import scope
 
-from bnp_optax.counting import Counting, append_mask, split_mask
+from bnp_optax.counting import Counting, append_mask, axis_of_time, split_mask
 from bnp_optax.layers import Path
 
 _SIGNATURE = inspect.signature(nn.RNN.__call__)
@@ -34,9 +34,7 @@ class MaskedSteps:
         bound.apply_defaults()
         _, inputs = bound.args
         options = bound.kwargs
-        time_major = rnn.time_major if options["time_major"] is None else options["time_major"]
-        features = rnn.cell.num_feature_axes
-        time_axis = 0 if time_major else inputs.ndim - features - 1
+        features, time_axis = rnn.cell.num_feature_axes, axis_of_time(rnn, inputs, options["time_major"])
         name, lengths = "/".join(rnn.path), options["seq_lengths"]
         masked = None if counting is None else counting.of_steps(inputs, name, features, time_axis, lengths)
         if masked is not None:

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from bnp_optax import observing
-from bnp_optax.counting import append_mask, split_mask
+from bnp_optax.counting import append_mask, axis_of_time, split_mask
 from bnp_optax.layouts import LAYERS, Product, products, registered
 from bnp_optax.observing import Observers
 
@@ -104,17 +104,13 @@ def _letting_records_out(original: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: nnx.RNN, *args: Any, **kwargs: Any) -> Any:
         if (observer := _observers.current) is None:
             return original(self, *args, **kwargs)
-        if observer.counting is None:
-            return original(_SteppingRNN(self, self.cell), *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         _, inputs, *rest = bound.args
         options = bound.kwargs
-        time_major = self.time_major if options["time_major"] is None else options["time_major"]
-        features = self.cell.num_feature_axes
-        time_axis = 0 if time_major else inputs.ndim - features - 1
-        name = observer.name_of(self)
-        masked = observer.counting.of_steps(inputs, name, features, time_axis, options["seq_lengths"])
+        features, time_axis = self.cell.num_feature_axes, axis_of_time(self, inputs, options["time_major"])
+        counting, lengths = observer.counting, options["seq_lengths"]
+        masked = counting and counting.of_steps(inputs, observer.name_of(self), features, time_axis, lengths)
         if masked is None:
             return original(_SteppingRNN(self, self.cell), *args, **kwargs)
         rnn = _SteppingRNN(self, _MaskedCell(self.cell, features))

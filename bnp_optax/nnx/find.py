@@ -1,11 +1,9 @@
 """Find the linear layers of an NNX model."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 from flax import nnx
 
@@ -14,8 +12,9 @@ from bnp_optax.layers import Layers, Path, layer_name
 from bnp_optax.layouts import Product, reason_to_exclude
 from bnp_optax.nnx.calls import observe, parameters
 from bnp_optax.nnx.recording import SITE, LostError, Site, captured_by, module_paths, store
+from bnp_optax.observing import no_model
 from bnp_optax.records import record_key
-from bnp_optax.tracing import Call, Log, Traced, Watch
+from bnp_optax.tracing import Call, Finder, Log, Traced, Watch
 from bnp_optax.trees import as_path
 
 _NOT_RECORDED = (
@@ -69,14 +68,7 @@ def find_layers(model: nnx.Module, *args: Any, method: Callable[..., Any] | str 
       N, the examples of a batch, is the first axis of a layer's input: 1 here.
     """
     if not isinstance(model, nnx.Module):
-        raise TypeError(
-            f"find_layers(model, x) of NNX wants a flax.nnx.Module, not {type(model).__name__}. "
-            + (
-                "That of bnp_optax.linen is for this model."
-                if isinstance(model, nn.Module)
-                else "Pass the model itself."
-            )
-        )
+        raise no_model("find_layers(model, x) of NNX wants a flax.nnx.Module", model)
 
     def run(model: Any, *args: Any, **kwargs: Any) -> Any:
         if callable(method):
@@ -120,19 +112,8 @@ class _Found(nnx.Intermediate[Any]):
     """What is stored in the search for layers."""
 
 
-@dataclasses.dataclass(eq=False)
-class _Finder:
-    """Stores each call in the place of its record.
-
-    Attributes:
-      watch: which calls it leaves.
-      log: where it notes them.
-      counting: ``None``, as no record is made.
-    """
-
-    watch: Watch
-    log: Log
-    counting: None = None
+class _Finder(Finder):
+    """Stores each call in the place of its record."""
 
     def see(self, module: nnx.Module, product: Product) -> None:
         """Stores the call, pooled with earlier ones."""

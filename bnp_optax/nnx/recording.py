@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +15,7 @@ from bnp_optax.layers import Layers, Path, layer_name
 from bnp_optax.layouts import Layout, Product
 from bnp_optax.moments import InputMoments
 from bnp_optax.nnx.calls import observe
+from bnp_optax.observing import no_model
 from bnp_optax.records import by_layer, empty_record, moments_of, pool_records, record_key
 
 _REMEDY = (
@@ -45,7 +46,7 @@ def capture(
     or mapped model must provide.
 
     Args:
-      model: a Flax NNX module, a method of one, or a function whose first argument is one.
+      model: a Flax NNX module, a method of one, or a function whose first argument is one or a container of some.
       layers: record these only; by default all that can be. A layer that the pass does not reach
         then has an empty record, which leaves its statistics as they are: models with ``nnx.cond``
         need it, as all branches must record the same layers.
@@ -78,38 +79,31 @@ def capture(
     """
     counting = Counting.of(axis_name, mask, examples)
     if isinstance(model, nn.Module) or not callable(model):
-        raise TypeError(
-            f"capture(model) of NNX wants a flax.nnx.Module, or a function of one, not {type(model).__name__}. "
-            + (
-                "That of bnp_optax.linen is for this model."
-                if isinstance(model, nn.Module)
-                else "Pass the model itself."
-            )
-        )
+        raise no_model("capture(model) of NNX wants a flax.nnx.Module, or a function of one", model)
 
     def call_and_record(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, InputMoments]]:
-        # as nnx.capture finds it: the model, that of a bound method, or a function's first argument
-        module = next((m for m in (model, getattr(model, "__self__", None), *args) if isinstance(m, nnx.Module)), None)
-        if module is None:
+        # as nnx.capture finds it: the model, that of a bound method, or a function's first argument, which may hold it
+        first = args[0] if args else None
+        owner = next((m for m in (model, getattr(model, "__self__", None)) if isinstance(m, nnx.Module)), first)
+        modules = module_paths(owner)
+        if not modules:
             raise TypeError("capture(function) wants the model as the function's first argument, an nnx.Module.")
-        stored = [] if layers is None else _expected(module, layers)
+        stored = [] if layers is None else _expected(modules, layers)
         if callable(mask):
-            stored += [
-                ((*keys, SITE), nnx.Intermediate[Any](Site(path))) for path, (keys, _) in module_paths(module).items()
-            ]
+            stored += [((*keys, SITE), nnx.Intermediate[Any](Site(path))) for path, (keys, _) in modules.items()]
         with observe(_Recorder(counting, expected_only=layers is not None, captures=True)):
             init = nnx.from_flat_state(stored) if stored else None
             try:
                 y, intermediates = nnx.capture(model, nnx.Intermediate, init=init)(*args, **kwargs)
             except BaseException:
-                _forget_captures(module)
+                _forget_captures(owner)
                 raise
         return y, by_layer(intermediates)
 
     return call_and_record
 
 
-def _forget_captures(model: nnx.Module) -> None:
+def _forget_captures(model: Any) -> None:
     """Takes away what Flax leaves in the modules of a pass that fails, which it cannot sort among a list's members."""
     for _, module in nnx.iter_modules(model):
         if hasattr(module, "__captures__"):
@@ -220,9 +214,11 @@ class _Expected:
     """Stands for a record whose shape depends on the batch, until its layer is called."""
 
 
-def _expected(model: Any, layers: Layers) -> list[tuple[tuple[Any, ...], nnx.Intermediate[Any]]]:
+def _expected(
+    modules: Mapping[Path, tuple[tuple[Any, ...], nnx.Module]], layers: Layers
+) -> list[tuple[tuple[Any, ...], nnx.Intermediate[Any]]]:
     """Returns what the modules of the layers hold before a pass: empty records."""
-    keys_by_name = {"/".join(path): keys for path, (keys, _) in module_paths(model).items()}
+    keys_by_name = {"/".join(path): keys for path, (keys, _) in modules.items()}
     state = []
     for layer in layers.included:
         module, kernel = (layer.record, "kernel") if layer.record in keys_by_name else layer.record.rpartition("/")[::2]
@@ -250,8 +246,8 @@ def store(captured: nnx.Intermediate[Any], key: str, value: Any, where: str) -> 
         raise LostError(where, f", as a transform around it closes over the module. {_REMEDY}") from error
 
 
-def module_paths(model: nnx.Module) -> dict[Path, tuple[tuple[Any, ...], nnx.Module]]:
-    """Returns every module of a model, with its keys, by its path."""
+def module_paths(model: Any) -> dict[Path, tuple[tuple[Any, ...], nnx.Module]]:
+    """Returns every module of a model, or of a container of models, with its keys, by its path."""
     modules = nnx.iter_modules(model)
     # what a list held beside its numbered members, Flax could not sort
     return {tuple(map(str, keys)): (keys, module) for keys, module in modules if not isinstance(module, nnx.List)}
