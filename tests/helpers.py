@@ -1,5 +1,6 @@
 """What several tests share: inputs, losses, recorded gradients, trainings, and the library's objects changed."""
 
+import collections
 import dataclasses
 import functools
 
@@ -11,6 +12,8 @@ import numpy as np
 import optax
 import optax.contrib
 from flax import nnx
+from flax.traverse_util import flatten_dict
+from oracles import step_of_batch
 
 import bnp_optax as bnp
 
@@ -138,6 +141,95 @@ def model_update(model, params, x):
     layers = bnp.linen.find_layers(model, x)
     assert not layers.excluded
     return update_of(layers, model, params, x)
+
+
+# Models whose layers the test observes itself, and compares one by one.
+
+Dense = functools.partial(nn.Dense, param_dtype=float)
+
+
+def recorded(model, **options):
+    """Returns `(params, *args) -> output, records` of a Linen model."""
+    return lambda params, *args: bnp.linen.capture(model, **options)({"params": params}, *args)
+
+
+def inputs_of(layers, model, params, *args):
+    """Returns with what a Linen model calls each of its layers, a list by path: the test's own interceptor sees it."""
+
+    def forward(params, *args):
+        inputs = collections.defaultdict(list)
+
+        def note(next_fun, args, kwargs, context):
+            if context.method_name == "__call__" and (path := "/".join(context.module.path)) in layers:
+                inputs[path].append(args[0])
+            return next_fun(*args, **kwargs)
+
+        with nn.intercept_methods(note):
+            model.apply({"params": params}, *args)
+        return dict(inputs)
+
+    return jax.tree.map(np.asarray, quick_jit(forward)(params, *args))
+
+
+def step_of(layers, run, params, *args, loss=weigh):
+    """Returns gradients, and what BNP makes of them where the statistics are those of this batch."""
+    tx = bnp.scale_by_bnp(layers, decay=0.0, prior_examples=None)
+
+    @quick_jit
+    def update(params, *args):
+        def loss_fn(params):
+            output, records = run(params, *args)
+            return loss(output), records
+
+        gradients, records = jax.grad(loss_fn, has_aux=True)(params)
+        return gradients, tx.update(gradients, tx.init(params), intermediates=records)[0]
+
+    return update(params, *args)
+
+
+def assert_step(layers, gradients, updates, expected):
+    """Compares updates with those of what each layer reads and the number of examples, `{path: (inputs, N)}`.
+
+    The inputs are a list of arrays. The gradients of all other parameters are to pass unchanged.
+    """
+    assert set(layers) == set(expected)
+    gradients, updates = (flatten(jax.tree.map(np.asarray, tree)) for tree in (gradients, updates))
+    for path, (inputs, examples) in expected.items():
+        g_w, g_b = gradients.pop(f"{path}/kernel"), gradients.pop(f"{path}/bias", None)
+        matrix = g_w.reshape(-1, g_w.shape[-1] if g_b is None else g_b.size)  # attention has heads among its axes
+        num_inputs = g_w.shape[2] if g_w.ndim == 4 else len(matrix)  # of a convolution, whose window comes before
+        rows = np.concatenate([np.reshape(part, (-1, num_inputs)) for part in inputs])
+        kernel, bias = step_of_batch(rows, examples, matrix, None if g_b is None else g_b.ravel())
+        np.testing.assert_allclose(updates.pop(f"{path}/kernel").reshape(matrix.shape), kernel, rtol=1e-8, atol=1e-10)
+        if bias is not None:
+            np.testing.assert_allclose(updates.pop(f"{path}/bias").ravel(), bias, rtol=1e-8, atol=1e-10)
+    assert set(updates) == set(gradients)
+    for path, gradient in gradients.items():
+        np.testing.assert_array_equal(updates[path], gradient)
+
+
+def flatten(tree):
+    return flatten_dict(tree, sep="/")
+
+
+def reasons(layers):
+    """Returns why each parameter is excluded, by its path."""
+    return {"/".join(other.path): other.reason for other in layers.excluded}
+
+
+def with_kernel(change):
+    """Returns a `dot_general` that multiplies by a changed kernel."""
+    return lambda x, kernel, *args, **kwargs: jax.lax.dot_general(x, change(kernel), *args, **kwargs)
+
+
+def rounded(kernel):
+    """Quantizes with a straight-through gradient, as AQT does."""
+    return kernel + jax.lax.stop_gradient(jnp.round(kernel * 8) / 8 - kernel)
+
+
+def masked(kernel):
+    """MADE: an output sees the inputs before it."""
+    return kernel * jnp.tril(jnp.ones(kernel.shape))
 
 
 # Models of NNX.

@@ -102,6 +102,28 @@ def test_each_layer_that_is_also_applied_with_explicit_parameters_is_excluded():
     assert {other.path[0] for other in layers.excluded} == {"a", "b"}
 
 
+@pytest.mark.parametrize("inside_first", [True, False])
+def test_a_layer_one_of_whose_calls_is_lost_is_not_recorded_at_all(inside_first):
+    """Or a part of its inputs would pass for all of them; chosen, as the search says, it has both calls."""
+
+    class Both(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer, other = (nn.Dense(4, param_dtype=float, name=name) for name in ("layer", "other"))
+            calls = [jax.grad(lambda x: jnp.sum(layer(x) ** 2)), layer]
+            for call in calls if inside_first else reversed(calls):
+                x = call(x)
+            return other(x)
+
+    layers, params = bnp.linen.find_layers(Both(), X), init(Both(), X)
+    assert list(layers) == ["layer", "other"]
+    for options, positions in (({}, {"other": 5}), ({"layers": layers}, {"layer": 10, "other": 5})):
+        records = jax.jit(lambda params, x, o=options: bnp.linen.capture(Both(), **o)({"params": params}, x)[1])(
+            params, X
+        )
+        assert {name: int(record.positions[0]) for name, record in records.items()} == positions
+
+
 class Shared(nn.Module):
     """Its layer's parameters are its own."""
 

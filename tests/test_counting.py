@@ -70,6 +70,16 @@ def test_a_batch_of_padding_leaves_the_statistics_as_they_are():
     assert_same(new, state)
 
 
+def test_a_batch_whose_weights_are_not_finite_is_skipped_and_counted():
+    layers = bnp.Layers((bnp.Layer.dense(("w",), (3, 2)),))
+    tx, params = bnp.scale_by_bnp(layers), {"w": jnp.ones((3, 2))}
+    record = bnp.input_moments(jnp.ones((4, 3)), mask=jnp.array([1.0, jnp.nan, 1.0, 1.0]))
+    state = tx.init(params)
+    _, new = tx.update(params, state, intermediates={"w": record})
+    assert (new["w"].skipped, new["w"].seen) == (1, 0)
+    assert_same(new["w"].mean, state["w"].mean)
+
+
 @pytest.mark.parametrize("mask", [np.ones(3, bool), np.ones((4, 3), bool), np.ones((4, 2, 3), bool)])
 def test_a_mask_that_fits_no_leading_axes_is_refused(mask):
     with pytest.raises(ValueError, match=r"mask has shape .*leading axes of its input \(4, 2, 3\)"):
@@ -135,6 +145,8 @@ def test_a_call_that_does_not_count_leaves_an_empty_record(captured):
     _, records = captured(mask=lambda name, x: name != "head")
     assert records["body"].positions == 30
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(records["head"]))
+    _, told = captured(mask=lambda name, x: name != "head", examples=7)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(told["head"]))
 
 
 def test_an_input_that_no_mask_fits_is_named(captured):

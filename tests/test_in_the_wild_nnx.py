@@ -1,6 +1,6 @@
 """Models of NNX of the shape of other people's, each with its source.
 
-Those of Linen are in test_in_the_wild.py, with what is shared.
+Those of Linen are in test_in_the_wild.py.
 """
 
 import functools
@@ -11,9 +11,19 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import assert_moments, compiled_call, make, normal, pure, weigh
-from test_in_the_wild import assert_step, reasons
-from test_in_the_wild_others import masked, rounded, with_kernel
+from helpers import (
+    assert_moments,
+    assert_step,
+    compiled_call,
+    make,
+    masked,
+    normal,
+    pure,
+    reasons,
+    rounded,
+    weigh,
+    with_kernel,
+)
 
 import bnp_optax as bnp
 

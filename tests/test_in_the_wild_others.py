@@ -12,8 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import init, normal
-from test_in_the_wild import Dense, assert_step, flatten, inputs_of, reasons, recorded, step_of
+from helpers import (
+    Dense,
+    assert_step,
+    flatten,
+    init,
+    inputs_of,
+    masked,
+    normal,
+    reasons,
+    recorded,
+    rounded,
+    step_of,
+    with_kernel,
+)
 
 import bnp_optax as bnp
 
@@ -156,21 +168,6 @@ def test_gradients_inside_a_model(how):
 
 
 # Kernels that are computed from their parameter.
-
-
-def with_kernel(change):
-    """Returns a `dot_general` that multiplies by a changed kernel."""
-    return lambda x, kernel, *args, **kwargs: jax.lax.dot_general(x, change(kernel), *args, **kwargs)
-
-
-def rounded(kernel):
-    """Quantizes with a straight-through gradient, as AQT does."""
-    return kernel + jax.lax.stop_gradient(jnp.round(kernel * 8) / 8 - kernel)
-
-
-def masked(kernel):
-    """MADE: an output sees the inputs before it."""
-    return kernel * jnp.tril(jnp.ones(kernel.shape))
 
 
 class EqualizedDense(nn.Dense):

@@ -12,8 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same, init, normal, quick_jit, weigh
-from test_in_the_wild import Dense, assert_step, flatten, inputs_of, reasons, recorded, step_of
+from helpers import (
+    Dense,
+    assert_same,
+    assert_step,
+    flatten,
+    init,
+    inputs_of,
+    normal,
+    quick_jit,
+    reasons,
+    recorded,
+    step_of,
+    weigh,
+)
 
 import bnp_optax as bnp
 
