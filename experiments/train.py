@@ -11,14 +11,10 @@ interrupted continues where it stopped.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import itertools
 import math
-import multiprocessing
-import os
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +27,6 @@ import numpy as np
 import optax
 import optax.contrib
 import rich
-import rich.progress
 from rich import box
 from rich.table import Table
 
@@ -39,6 +34,7 @@ import bnp_optax as bnp
 import images
 import models
 import runs
+import sweeps
 from runs import Result, Run
 
 EVALUATION_BATCH = 500
@@ -258,56 +254,15 @@ def sweep(todo: Sequence[Run], output: Path, data_dir: Path, workers: int = 1) -
     Returns:
       The results of ``todo``, in its order.
     """
-    done = {result.run: result for result in runs.read(output)}
-    left = [run for run in todo if run not in done]
-    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.TimeElapsedColumn())
-    with rich.progress.Progress(*columns) as progress:
-        task = progress.add_task(output.stem, total=sum(run.examples for run in todo))
-        progress.advance(task, sum(run.examples for run in todo if run in done))
-
-        def add(result: Result, advance: int) -> None:
-            runs.append(output, result)
-            done[result.run] = result
-            progress.advance(task, advance)
-
-        if workers == 1:
-            for run in left:
-                add(train(run, data_dir, advance=functools.partial(progress.advance, task)), 0)
-        else:
-            with worker_pool(workers) as pool:
-                futures = [pool.submit(train, run, data_dir) for run in left]
-                try:
-                    for future in concurrent.futures.as_completed(futures):
-                        add(result := future.result(), result.run.examples)
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-    return [done[run] for run in todo]
-
-
-def worker_pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
-    """Returns a pool of processes, each with cores of its own where the system can do that."""
-    spawn = multiprocessing.get_context("spawn")
-    cores = spawn.Queue()
-    if hasattr(os, "sched_getaffinity"):
-        for part in np.array_split(sorted(os.sched_getaffinity(0)), workers):
-            cores.put(set(part.tolist()))
-    return concurrent.futures.ProcessPoolExecutor(workers, spawn, start_worker, (cores,))
-
-
-def start_worker(cores: Any) -> None:
-    """Binds a worker to its part of the cores, which JAX then takes for all there are, and its life to its parent's."""
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-    if hasattr(os, "sched_setaffinity") and (part := cores.get()):
-        os.sched_setaffinity(0, part)
-
-
-def exit_with_parent() -> None:
-    """Ends the process when the one that started it has ended, even if that was killed."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    return sweeps.sweep(
+        todo,
+        functools.partial(train, data_dir=data_dir),
+        {result.run: result for result in runs.read(output)},
+        functools.partial(runs.append, output),
+        title=output.stem,
+        size=lambda run: run.examples,
+        workers=workers,
+    )
 
 
 def make_table(results: Sequence[Result]) -> Table:

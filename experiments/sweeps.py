@@ -1,0 +1,91 @@
+"""Sweeps: many trainings, in processes that share the cores, each saved when it is done."""
+
+import concurrent.futures
+import functools
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import rich.progress
+
+K = TypeVar("K", bound=Hashable)
+R = TypeVar("R")
+
+
+def sweep(
+    todo: Sequence[K],
+    work: Callable[..., R],
+    done: dict[K, R],
+    save: Callable[[R], None],
+    *,
+    title: str,
+    size: Callable[[K], int],
+    workers: int = 1,
+) -> list[R]:
+    """Does what is not done yet.
+
+    Args:
+      todo: what is to be done.
+      work: does one of them; called with ``advance=``, a function of how much of its size was done since its last call,
+        in a single process alone.
+      done: what has been done, to which the rest is added.
+      save: called with every new result.
+      title: of the progress bar.
+      size: how large one of ``todo`` is.
+      workers: processes that share the cores; a CPU does small steps faster on one core each.
+
+    Returns:
+      The results of ``todo``, in its order.
+    """
+    left = [item for item in todo if item not in done]
+    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.TimeElapsedColumn())
+    with rich.progress.Progress(*columns) as progress:
+        task = progress.add_task(title, total=sum(map(size, todo)))
+        progress.advance(task, sum(size(item) for item in todo if item in done))
+
+        def add(item: K, result: R) -> None:
+            save(result)
+            done[item] = result
+
+        if workers == 1:
+            for item in left:
+                add(item, work(item, advance=functools.partial(progress.advance, task)))
+        else:
+            with worker_pool(workers) as pool:
+                futures = {pool.submit(work, item): item for item in left}
+                try:
+                    for future in concurrent.futures.as_completed(futures):
+                        add(item := futures[future], future.result())
+                        progress.advance(task, size(item))
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+    return [done[item] for item in todo]
+
+
+def worker_pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
+    """Returns a pool of processes, each with cores of its own where the system can do that."""
+    spawn = multiprocessing.get_context("spawn")
+    cores = spawn.Queue()
+    if hasattr(os, "sched_getaffinity"):
+        for part in np.array_split(sorted(os.sched_getaffinity(0)), workers):
+            cores.put(set(part.tolist()))
+    return concurrent.futures.ProcessPoolExecutor(workers, spawn, start_worker, (cores,))
+
+
+def start_worker(cores: Any) -> None:
+    """Binds a worker to its part of the cores, which JAX then takes for all there are, and its life to its parent's."""
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    if hasattr(os, "sched_setaffinity") and (part := cores.get()):
+        os.sched_setaffinity(0, part)
+
+
+def exit_with_parent() -> None:
+    """Ends the process when the one that started it has ended, even if that was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
