@@ -137,10 +137,7 @@ def read(path: Path) -> list[Result]:
     """
     if not path.exists():
         return []
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole)
+    whole = whole_lines(path)
     header, *rows = list(csv.reader(whole.splitlines())) or [[]]
     if whole and header != HEADER:
         raise ValueError(f"{path}: its columns are {header}; expected {HEADER}. Move the file away to begin a new one.")
@@ -158,12 +155,31 @@ def read(path: Path) -> list[Result]:
 
 
 def read_rows(path: Path, kind: type[T]) -> list[T]:
-    """Reads the rows of a plain CSV file, whose columns are the fields of a dataclass; none if it does not exist."""
+    """Reads the rows of a plain CSV file, whose columns are the fields of a dataclass; none if it does not exist.
+
+    A last line without its end is cut off, as :func:`read` does.
+
+    Raises:
+      ValueError: if the file has other columns.
+    """
     if not path.exists():
         return []
     types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    with path.open(newline="") as file:
-        return [kind(**{name: types[name](cell) for name, cell in row.items()}) for row in csv.DictReader(file)]
+    rows = csv.DictReader(whole_lines(path).splitlines())
+    if rows.fieldnames is not None and list(rows.fieldnames) != list(types):
+        raise ValueError(
+            f"{path}: its columns are {rows.fieldnames}; expected {list(types)}. Move the file away to begin a new one."
+        )
+    return [kind(**{name: types[name](cell) for name, cell in row.items()}) for row in rows]
+
+
+def whole_lines(path: Path) -> str:
+    """Returns the text of a file, and cuts off it a last line without its end, which a killed program may leave."""
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    return whole
 
 
 def best_rate(results: Iterable[Result]) -> float:

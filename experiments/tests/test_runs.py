@@ -46,6 +46,23 @@ def test_other_files_are_refused(tmp_path):
         runs.read(path)
 
 
+@dataclasses.dataclass(frozen=True)
+class Row:
+    name: str
+    value: float
+
+
+def test_plain_rows_are_read_alike(tmp_path):
+    path = tmp_path / "rows.csv"
+    assert runs.read_rows(path, Row) == []
+    path.write_text("name,value\na,1.5\nb,2")
+    assert runs.read_rows(path, Row) == [Row("a", 1.5)]
+    assert path.read_text() == "name,value\na,1.5\n"
+    path.write_text("name,number\na,1.5\n")
+    with pytest.raises(ValueError, match=r"its columns are \['name', 'number'\]; expected \['name', 'value'\]"):
+        runs.read_rows(path, Row)
+
+
 @pytest.mark.parametrize(
     ("accuracies", "best", "window"),
     [
