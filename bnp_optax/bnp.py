@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from bnp_optax.coordinates import Coordinates
-from bnp_optax.layers import Layer, Layers
+from bnp_optax.layers import Layer, Layers, check_layers
 from bnp_optax.moments import InputMoments, VarianceRule, statistics_dtype
 from bnp_optax.packing import Packing
 from bnp_optax.records import find_records
@@ -385,16 +385,7 @@ class _Variables:
 def _check(
     layers: Any, decay: Any, eps_relative: Any, eps: Any, variance: Any, scaling: Any, prior_examples: Any
 ) -> None:
-    if not isinstance(layers, Layers):
-        raise TypeError(
-            "layers must be a bnp_optax.Layers, as linen.find_layers(model, x) returns it, not "
-            f"{type(layers).__name__}."
-        )
-    if not layers:
-        raise ValueError(
-            "layers has no layer to precondition: this would be the optimizer alone. print(layers) says why each "
-            "parameter is excluded."
-        )
+    check_layers(layers)
     if isinstance(decay, NUMBERS) and not 0 <= decay < 1:
         raise ValueError(f"decay must be in [0, 1), but is {decay}.")
     for name, value in (("eps_relative", eps_relative), ("eps", eps), ("prior_examples", prior_examples)):

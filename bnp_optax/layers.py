@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 
@@ -375,3 +376,22 @@ class Layers(Mapping[str, Layer]):
         common, *others = sorted(by_number, key=lambda number: -len(by_number[number]))
         but = "".join(f", but {number:,} of {', '.join(by_number[number])}" for number in others)
         return f"\nN, the examples of a batch, is the first axis of a layer's input: {common:,} here{but}."
+
+
+def check_layers(layers: Any) -> None:
+    """Checks what a transformation was given as its layers.
+
+    Raises:
+      TypeError: if it is something else.
+      ValueError: if it holds none.
+    """
+    if not isinstance(layers, Layers):
+        raise TypeError(
+            "layers must be a bnp_optax.Layers, as linen.find_layers(model, x) returns it, not "
+            f"{type(layers).__name__}."
+        )
+    if not layers:
+        raise ValueError(
+            "layers holds no layer to act on: all updates would pass as they are. print(layers) says why each "
+            "parameter is excluded."
+        )

@@ -316,7 +316,7 @@ def test_layers_of_the_wrong_type_are_refused(entry):
 
 def test_layers_without_a_layer_are_refused(entry):
     for layers in (problem().layers.select(lambda layer: False), bnp.Layers(())):
-        with pytest.raises(ValueError, match=r"no layer to precondition: .*print\(layers\)"):
+        with pytest.raises(ValueError, match=r"no layer to act on: .*print\(layers\)"):
             entry.make(layers)
 
 
