@@ -1,0 +1,1 @@
+"""The other methods' layers for Flax Linen."""

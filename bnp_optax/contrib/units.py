@@ -1,0 +1,105 @@
+"""The output units of every layer: what the methods of this package treat as a whole.
+
+A unit is one output of a layer, and its weights are all that lead there: a column of a dense kernel, a whole filter of
+a convolution, one head's feature of an attention. In canonical shape (:mod:`bnp_optax.layers`) its axes are the window
+and the inputs, whatever the layer.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bnp_optax.layers import Layer, Layers
+from bnp_optax.moments import statistics_dtype
+from bnp_optax.trees import LayerTree, Weights, from_canonical, to_canonical
+
+
+def sum_over_units(array: jax.Array, num_groups: int | None = None) -> jax.Array:
+    """Sums an array in the shape of a kernel over each output unit's weights, or over those of several units.
+
+    Args:
+      array: ``[stack, group, input, window, output]``.
+      num_groups: ``None`` sums over every unit alone; a number over each of so many groups of neighbouring outputs, as
+        Group Normalization has them: 1 over the whole kernel.
+
+    Returns:
+      The sums, ``[stack, group, 1, 1, output]``.
+
+    Raises:
+      ValueError: if the number of groups does not divide that of the outputs.
+
+    Example:
+      >>> kernel = jnp.arange(6.0).reshape(1, 1, 2, 1, 3)  # two inputs, three outputs
+      >>> print(sum_over_units(kernel).ravel(), sum_over_units(kernel, num_groups=1).ravel())
+      [3. 5. 7.] [15. 15. 15.]
+    """
+    sums = array.sum((2, 3), keepdims=True)
+    if num_groups is None:
+        return sums
+    stack, outputs = array.shape[0], array.shape[1] * array.shape[4]
+    if num_groups < 1 or outputs % num_groups:
+        raise ValueError(f"num_groups is {num_groups}, which must divide the {outputs} outputs of a layer.")
+    of_groups = sums.reshape(stack, num_groups, outputs // num_groups)
+    shared = jnp.broadcast_to(of_groups.sum(-1, keepdims=True), of_groups.shape)
+    return shared.reshape(sums.shape)
+
+
+def unit_norms(kernel: jax.Array, num_groups: int | None = None) -> jax.Array:
+    """Returns the Euclidean norm of every output unit's weights.
+
+    Args:
+      kernel: ``[stack, group, input, window, output]``.
+      num_groups: as for :func:`sum_over_units`.
+
+    Returns:
+      The norms, ``[stack, group, 1, 1, output]``.
+
+    Raises:
+      ValueError: as :func:`sum_over_units`.
+
+    Example:
+      >>> print(unit_norms(jnp.array([3.0, 4.0]).reshape(1, 1, 2, 1, 1)).item())
+      5.0
+    """
+    return jnp.sqrt(sum_over_units(jnp.square(kernel), num_groups))
+
+
+def map_layers(
+    function: Callable[[Layer, Weights, Weights], Weights], updates: Any, params: optax.Params | None, layers: Layers
+) -> Any:
+    """Changes the updates of every layer; those of other parameters pass unchanged.
+
+    Args:
+      function: called with a layer, its updates and its parameters, both in canonical shape and in float32 or wider;
+        returns the new updates.
+      updates: a tree of gradients or updates.
+      params: the parameters, in the same tree.
+      layers: the layers.
+
+    Returns:
+      The new updates, in the tree, shapes and dtypes of the old.
+
+    Raises:
+      ValueError: if ``params`` is None, or if ``layers`` does not describe the trees.
+
+    Example:
+      >>> layers = Layers((Layer.dense(("w",), (2, 1)),))
+      >>> tree = {"w": jnp.ones((2, 1)), "b": jnp.ones(1)}
+      >>> print(map_layers(lambda _, update, weights: Weights(3 * update.kernel, None), tree, tree, layers))
+      {'b': Array([1.], dtype=float32), 'w': Array([[3.],
+             [3.]], dtype=float32)}
+    """
+    if params is None:
+        raise ValueError("This transformation needs the parameters: call update(updates, state, params).")
+    of_updates, of_params = LayerTree.of(updates, layers), LayerTree.of(params, layers).weights
+    new = {}
+    for path, own in of_updates.weights.items():
+        layer = of_updates.layers[path]
+        dtype = statistics_dtype(np.result_type(np.float32, own.kernel.dtype, of_params[path].kernel.dtype))
+        canonical = (to_canonical(layer, weights, dtype) for weights in (own, of_params[path]))
+        new[path] = from_canonical(layer, function(layer, *canonical), own)
+    return of_updates.replace(new).unflatten()
