@@ -4,6 +4,8 @@ Transformations and functions of arrays are here, layers in :mod:`bnp_optax.cont
 :mod:`bnp_optax.contrib.nnx`. This package is not imported by ``bnp_optax``: ``from bnp_optax import contrib``.
 """
 
+from bnp_optax.contrib.batch_group_norm import batch_group_normalize, batch_group_normalize_inference
+from bnp_optax.contrib.batch_renorm import batch_renormalize, batch_renormalize_inference, ramp
 from bnp_optax.contrib.effective import (
     CriticalLearningRateState,
     critical_learning_rate,
@@ -18,11 +20,16 @@ from bnp_optax.contrib.psi import PsiSgdState, is_scale_invariant, psi_sgd, scal
 __all__ = [
     "CriticalLearningRateState",
     "PsiSgdState",
+    "batch_group_normalize",
+    "batch_group_normalize_inference",
+    "batch_renormalize",
+    "batch_renormalize_inference",
     "critical_learning_rate",
     "effective_learning_rates",
     "is_scale_invariant",
     "predict_effective_learning_rates",
     "psi_sgd",
+    "ramp",
     "random_walk",
     "scale_by_critical_learning_rate",
     "scale_by_psi",
