@@ -6,6 +6,7 @@ Transformations and functions of arrays are here, layers in :mod:`bnp_optax.cont
 
 from bnp_optax.contrib.batch_group_norm import batch_group_normalize, batch_group_normalize_inference
 from bnp_optax.contrib.batch_renorm import batch_renormalize, batch_renormalize_inference, ramp
+from bnp_optax.contrib.clipping import adaptive_grad_clip
 from bnp_optax.contrib.effective import (
     CriticalLearningRateState,
     critical_learning_rate,
@@ -20,6 +21,7 @@ from bnp_optax.contrib.psi import PsiSgdState, is_scale_invariant, psi_sgd, scal
 __all__ = [
     "CriticalLearningRateState",
     "PsiSgdState",
+    "adaptive_grad_clip",
     "batch_group_normalize",
     "batch_group_normalize_inference",
     "batch_renormalize",
