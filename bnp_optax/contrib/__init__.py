@@ -17,6 +17,7 @@ from bnp_optax.contrib.effective import (
     spread,
 )
 from bnp_optax.contrib.psi import PsiSgdState, is_scale_invariant, psi_sgd, scale_by_psi
+from bnp_optax.contrib.standardized import nonlinearity_gain, standardize, standardized_layers
 
 __all__ = [
     "CriticalLearningRateState",
@@ -29,6 +30,7 @@ __all__ = [
     "critical_learning_rate",
     "effective_learning_rates",
     "is_scale_invariant",
+    "nonlinearity_gain",
     "predict_effective_learning_rates",
     "psi_sgd",
     "ramp",
@@ -36,4 +38,6 @@ __all__ = [
     "scale_by_critical_learning_rate",
     "scale_by_psi",
     "spread",
+    "standardize",
+    "standardized_layers",
 ]

@@ -2,8 +2,11 @@
 
 from bnp_optax.contrib.linen.batch_group_norm import BatchGroupNorm
 from bnp_optax.contrib.linen.batch_renorm import BatchRenorm
+from bnp_optax.contrib.linen.standardized import WSConv, WSDense
 
 __all__ = [
     "BatchGroupNorm",
     "BatchRenorm",
+    "WSConv",
+    "WSDense",
 ]

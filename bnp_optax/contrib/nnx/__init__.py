@@ -2,8 +2,11 @@
 
 from bnp_optax.contrib.nnx.batch_group_norm import BatchGroupNorm
 from bnp_optax.contrib.nnx.batch_renorm import BatchRenorm
+from bnp_optax.contrib.nnx.standardized import WSConv, WSLinear
 
 __all__ = [
     "BatchGroupNorm",
     "BatchRenorm",
+    "WSConv",
+    "WSLinear",
 ]
