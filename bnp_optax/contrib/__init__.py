@@ -16,6 +16,7 @@ from bnp_optax.contrib.effective import (
     scale_by_critical_learning_rate,
     spread,
 )
+from bnp_optax.contrib.fixup import fixup_normal
 from bnp_optax.contrib.psi import PsiSgdState, is_scale_invariant, psi_sgd, scale_by_psi
 from bnp_optax.contrib.standardized import nonlinearity_gain, standardize, standardized_layers
 
@@ -29,6 +30,7 @@ __all__ = [
     "batch_renormalize_inference",
     "critical_learning_rate",
     "effective_learning_rates",
+    "fixup_normal",
     "is_scale_invariant",
     "nonlinearity_gain",
     "predict_effective_learning_rates",

@@ -2,11 +2,15 @@
 
 from bnp_optax.contrib.nnx.batch_group_norm import BatchGroupNorm
 from bnp_optax.contrib.nnx.batch_renorm import BatchRenorm
+from bnp_optax.contrib.nnx.fixup import FixupBlock, ScalarBias, ScalarScale
 from bnp_optax.contrib.nnx.standardized import WSConv, WSLinear
 
 __all__ = [
     "BatchGroupNorm",
     "BatchRenorm",
+    "FixupBlock",
+    "ScalarBias",
+    "ScalarScale",
     "WSConv",
     "WSLinear",
 ]
