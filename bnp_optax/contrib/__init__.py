@@ -4,6 +4,7 @@ Transformations and functions of arrays are here, layers in :mod:`bnp_optax.cont
 :mod:`bnp_optax.contrib.nnx`. This package is not imported by ``bnp_optax``: ``from bnp_optax import contrib``.
 """
 
+from bnp_optax.contrib import diagnostics
 from bnp_optax.contrib.batch_group_norm import batch_group_normalize, batch_group_normalize_inference
 from bnp_optax.contrib.batch_renorm import batch_renormalize, batch_renormalize_inference, ramp
 from bnp_optax.contrib.clipping import adaptive_grad_clip
@@ -29,6 +30,7 @@ __all__ = [
     "batch_renormalize",
     "batch_renormalize_inference",
     "critical_learning_rate",
+    "diagnostics",
     "effective_learning_rates",
     "fixup_normal",
     "is_scale_invariant",

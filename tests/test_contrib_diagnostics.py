@@ -1,0 +1,517 @@
+"""The diagnostics against closed forms, loops in NumPy, finite differences and whole enumerations."""
+
+import collections
+import functools
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from helpers import cross_entropy, init, normal, quick_jit, weigh
+from hypothesis import given
+from hypothesis import strategies as st
+
+import bnp_optax as bnp
+from bnp_optax import contrib
+from bnp_optax.contrib import diagnostics
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+seeds = st.integers(0, 2**16)
+shapes = st.tuples(st.integers(1, 5), st.lists(st.integers(1, 3), max_size=2), st.integers(1, 4)).map(
+    lambda parts: (parts[0], *parts[1], parts[2])
+)
+assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
+channel_moments = quick_jit(diagnostics.channel_moments)
+layer_moments = quick_jit(diagnostics.layer_moments)
+gradient_norm = quick_jit(diagnostics.gradient_norm)
+histogram = quick_jit(diagnostics.magnitude_histogram)
+logit_gradients = quick_jit(diagnostics.logit_gradients)
+gradient_of_cross_entropy = quick_jit(jax.grad(cross_entropy))
+modal_share = quick_jit(diagnostics.modal_share)
+largest_usable_rate = quick_jit(diagnostics.largest_usable_rate, static_argnames="margin")
+
+
+@quick_jit
+def independence(gradients):
+    own = diagnostics.input_independence(gradients)
+    return own, own.ratio
+
+
+class Network(nn.Module):
+    """Convolutions, or dense layers on vectors, whose activations are perturbed before the nonlinearity."""
+
+    widths: tuple[int, ...] = (6, 5)
+    normalized: bool = False
+    activation: object = nn.tanh
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        wide = {"param_dtype": float, "bias_init": nn.initializers.normal(1.0)}
+        for number, width in enumerate(self.widths):
+            a = nn.Conv(width, (3, 3), **wide)(x) if x.ndim == 4 else nn.Dense(width, **wide)(x)
+            a = self.perturb(f"before_{number}", a)
+            if self.normalized:
+                options = {"use_scale": False, "use_bias": False, "force_float32_reductions": False}
+                a = nn.BatchNorm(use_running_average=not train, epsilon=0.0, dtype=float, **options)(a)
+            x = self.activation(self.perturb(f"layer_{number}", a))
+        return x
+
+
+def activation_gradients(model, x, loss=weigh):
+    """Returns the activations' gradients by name, and the parameters."""
+    variables = quick_jit(lambda key: model.init(key, x))(jax.random.key(0))
+    loss_fn = jax.jit(lambda variables: loss(model.apply(variables, x, mutable=["batch_stats"])[0]))
+    return quick_jit(jax.grad(loss_fn))(variables)["perturbations"], variables, loss_fn
+
+
+# Activations.
+
+
+@given(shapes, seeds)
+def test_moments_are_those_of_a_loop_over_channels(shape, seed):
+    a = np.random.default_rng(seed).normal(1, 2, shape)
+    channels = [a[..., channel].ravel() for channel in range(shape[-1])]
+    means = [sum(own) / len(own) for own in channels]
+    variances = [
+        sum((value - mean) ** 2 for value in own) / len(own) for own, mean in zip(channels, means, strict=True)
+    ]
+    mean, variance = channel_moments(a)
+    assert_close(mean, means)
+    assert_close(variance, variances)
+    mean, variance = layer_moments(a)
+    assert_close(mean, sum(map(abs, means)) / shape[-1])
+    assert_close(variance, sum(variances) / shape[-1])
+
+
+def test_moments_of_a_linear_network_are_known():
+    """Mean W'm + b and variance diag(W' S W), with m and S those of the inputs, at every depth."""
+    model = Network((7, 4, 3), activation=lambda a: a)
+    x = normal(0, 50, 5)
+    variables = {"params": init(model, x)}
+    run = quick_jit(lambda v: model.apply(v, x, capture_intermediates=True, mutable=["intermediates"])[1])
+    captured = run(variables)["intermediates"]
+    mean, covariance = np.mean(x, 0), np.cov(x, rowvar=False, bias=True)
+    for number in range(3):
+        kernel, bias = (np.asarray(variables["params"][f"Dense_{number}"][name]) for name in ("kernel", "bias"))
+        mean, covariance = mean @ kernel + bias, kernel.T @ covariance @ kernel
+        (activations,) = captured[f"Dense_{number}"]["__call__"]
+        assert_close(channel_moments(activations).mean, mean)
+        assert_close(channel_moments(activations).variance, np.diag(covariance))
+        assert_close(layer_moments(activations), (np.abs(mean).mean(), np.diag(covariance).mean()))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("shape", [(20, 5), (8, 4, 4, 3)])
+def test_batch_normalization_has_mean_0_and_variance_1_at_every_depth(shape):
+    model, x = Network((6, 5, 4), normalized=True), normal(0, *shape)
+    variables = quick_jit(lambda key: model.init(key, x))(jax.random.key(0))
+    run = quick_jit(lambda v: model.apply(v, x, capture_intermediates=True, mutable=["intermediates", "batch_stats"]))
+    captured = run(variables)[1]["intermediates"]
+    for number in range(3):
+        own = channel_moments(captured[f"BatchNorm_{number}"]["__call__"][0])
+        np.testing.assert_allclose(own.mean, 0, atol=1e-12)
+        assert_close(own.variance, 1)
+        # and it has not before
+        before = captured[f"{'Conv' if len(shape) == 4 else 'Dense'}_{number}"]["__call__"][0]
+        assert layer_moments(before).mean > 0.1
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+def test_low_precision_gives_float32(dtype):
+    a = normal(0, 300, 3, mean=100).astype(dtype)
+    expected = np.asarray(a, np.float64)
+    mean, variance = channel_moments(a)
+    assert (
+        mean.dtype == variance.dtype == gradient_norm(a).dtype == (jnp.float64 if dtype is jnp.float64 else jnp.float32)
+    )
+    np.testing.assert_allclose(mean, expected.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(variance, expected.var(0), rtol=1e-5)  # a mean of squares less a square is 1e-2 off
+    np.testing.assert_allclose(gradient_norm(a), np.linalg.norm(expected), rtol=1e-6)
+
+
+def test_heat_maps_are_sorted_by_layer_or_keep_their_columns():
+    rows = [normal(seed, 9, 2, 4) for seed in range(3)]
+    means = np.array([row.mean((0, 1)) for row in rows])
+    variances = np.array([row.var((0, 1)) for row in rows])
+    by_layer = quick_jit(diagnostics.channel_heat_map)(rows)
+    by_step = quick_jit(diagnostics.channel_heat_map, static_argnames="order")(rows, order=1)
+    for row in range(3):
+        assert_close(by_layer.mean[row], np.sort(means[row]))
+        assert_close(by_layer.variance[row], variances[row][np.argsort(means[row])])
+        assert_close(by_step.mean[row], means[row][np.argsort(means[1])])
+        assert_close(by_step.variance[row], variances[row][np.argsort(means[1])])
+    assert (np.diff(by_step.mean[0]) < 0).any()
+
+
+# Gradients of activations.
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("normalized", [False, True])
+def test_perturbations_get_the_gradient_that_finite_differences_have(normalized):
+    model, x = Network((4, 3), normalized), normal(0, 6, 3)
+    gradients, variables, loss_fn = activation_gradients(model, x)
+    h, flat = 1e-5, variables["perturbations"]
+    for name, own in gradients.items():
+        differences = np.zeros(own.shape)
+        for index in np.ndindex(own.shape):
+            up, down = (
+                loss_fn(variables | {"perturbations": flat | {name: flat[name].at[index].set(sign * h)}})
+                for sign in (1, -1)
+            )
+            differences[index] = (up - down) / (2 * h)
+        np.testing.assert_allclose(own, differences, rtol=1e-6, atol=1e-8)
+
+
+def test_linen_and_nnx_give_the_same_activations_and_gradients():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.layers = nnx.List([nnx.Linear(3, 4, rngs=nnx.Rngs(0), param_dtype=float)])
+
+        def __call__(self, x):
+            for number, layer in enumerate(self.layers):
+                a = self.perturb(f"layer_{number}", layer(x))
+                self.sow(nnx.Intermediate, f"activation_{number}", a)
+                x = nnx.tanh(a)
+            return x
+
+    model, x = Net(), normal(0, 6, 3)
+    _, perturbations = nnx.capture(model, nnx.Perturbation)(x)
+
+    def loss_fn(model, perturbations):
+        y, sown = nnx.capture(model, nnx.Intermediate, init=perturbations)(x)
+        return weigh(y), sown
+
+    gradients, sown = nnx.grad(loss_fn, argnums=1, has_aux=True)(model, perturbations)
+    gradients, sown = nnx.to_pure_dict(gradients), nnx.to_pure_dict(sown)
+    linen = Network((4,))
+    params = {"Dense_0": {"kernel": model.layers[0].kernel[...], "bias": model.layers[0].bias[...]}}
+    zeros = jax.eval_shape(linen.init, jax.random.key(0), x)["perturbations"]
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), zeros)
+    expected = jax.grad(lambda p: weigh(linen.apply({"params": params, "perturbations": p}, x)))(zeros)
+    assert_close(gradients["layer_0"], expected["layer_0"])
+    assert_close(sown["activation_0"][0], x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"][None])
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_sum_is_the_gradient_of_a_bias():
+    for shape in ((6, 3), (4, 3, 3, 2)):
+        model, x = Network(), normal(0, *shape)
+        gradients, variables, loss_fn = activation_gradients(model, x)
+        of_params = quick_jit(jax.grad(lambda params, v=variables, f=loss_fn: f(v | {"params": params})))
+        of_biases = of_params(variables["params"])
+        kind = "Conv" if len(shape) == 4 else "Dense"
+        for number in range(2):
+            own, ratio = independence(gradients[f"layer_{number}"])
+            assert_close(own.net, np.abs(of_biases[f"{kind}_{number}"]["bias"]))
+            total = np.abs(gradients[f"layer_{number}"]).reshape(-1, own.total.size).sum(0)
+            assert_close(own.total, total)
+            assert_close(ratio, own.net / total)
+
+
+@given(shapes, seeds)
+def test_copies_push_alike_and_pairs_of_signs_not_at_all(shape, seed):
+    rng = np.random.default_rng(seed)
+    g = rng.normal(size=shape)
+    copies = np.broadcast_to(g[(slice(1),) * (g.ndim - 1)], (7, *shape[1:]))
+    assert_close(independence(copies)[1], 1)
+    np.testing.assert_allclose(independence(rng.permutation(np.concatenate([g, -g])))[1], 0, atol=1e-12)
+    ratio = independence(g)[1]
+    assert (ratio >= 0).all()
+    assert (ratio <= 1 + 1e-12).all()
+
+
+def test_a_channel_without_gradient_has_no_ratio():
+    ratio = independence(jnp.array([[0.0, 1.0], [0.0, 3.0]]))[1]
+    np.testing.assert_array_equal(ratio, [np.nan, 1.0])
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_before_batch_normalization_all_cancels():
+    """Which says nothing of the network: so one looks behind it."""
+    for shape in ((12, 3), (4, 3, 3, 2)):
+        gradients, _, _ = activation_gradients(Network(normalized=True), normal(0, *shape))
+        np.testing.assert_allclose(independence(gradients["before_0"])[1], 0, atol=1e-12)
+        assert (independence(gradients["layer_0"])[1] > 1e-3).any()
+
+
+@given(shapes, seeds, st.integers(-30, 30))
+def test_norms_are_euclidean_at_every_scale(shape, seed, exponent):
+    g = np.random.default_rng(seed).normal(size=shape)
+    expected = np.sqrt(sum(value * value for value in g.ravel()))
+    assert_close(gradient_norm(g), expected)
+    scaled = (g * 10.0**exponent).astype(np.float32)
+    np.testing.assert_allclose(gradient_norm(scaled), expected * 10.0**exponent, rtol=1e-5)
+
+
+def test_norms_of_what_has_none():
+    assert gradient_norm(jnp.zeros(3)) == 0
+    assert gradient_norm(jnp.zeros((0, 3))) == 0
+    assert gradient_norm(jnp.array([1.0, jnp.inf, -jnp.inf])) == jnp.inf
+    assert jnp.isnan(gradient_norm(jnp.array([1.0, jnp.nan])))
+
+
+@given(st.lists(st.floats(-1e4, 1e4, width=32), max_size=30), st.integers(1, 6))
+def test_histograms_are_numpys_and_lose_nothing(values, bins):
+    edges = 10.0 ** np.arange(-bins, 1)
+    # a bin of NumPy's holds its lower edge, but the last one both
+    counts = np.histogram(np.abs(values), np.append(edges, np.inf))[0]
+    actual = histogram(jnp.array(values, float), edges)
+    np.testing.assert_array_equal(actual, [len(values) - counts.sum(), *counts])
+
+
+def test_histograms_of_exact_edges_and_of_what_is_not_finite():
+    edges = jnp.array([0.25, 0.5, 1.0])
+    values = jnp.array([0.0, -0.25, 0.49, 0.5, -1.0, jnp.inf, -jnp.inf, jnp.nan])
+    np.testing.assert_array_equal(histogram(values, edges), [1, 2, 1, 4])
+    np.testing.assert_array_equal(histogram(values.astype(jnp.bfloat16), edges), [1, 2, 1, 4])
+
+
+# Logits.
+
+
+@given(st.sampled_from([1, 4]), st.sampled_from([1, 3]), seeds)
+def test_gradients_of_logits_are_those_of_the_cross_entropy(examples, classes, seed):
+    rng = np.random.default_rng(seed)
+    logits, labels = jnp.asarray(rng.normal(size=(examples, classes))), rng.integers(0, classes, examples)
+    actual = logit_gradients(logits, labels)
+    assert_close(actual, gradient_of_cross_entropy(logits, labels).T)
+    np.testing.assert_allclose(actual.sum(0), 0, atol=1e-12)
+
+
+def test_a_label_that_is_no_class_has_no_gradient():
+    gradients = diagnostics.logit_gradients(jnp.zeros((3, 2)), jnp.array([0, 2, -1]))
+    np.testing.assert_array_equal(np.isnan(gradients), [[False, True, True]] * 2)
+
+
+@given(shapes, seeds)
+def test_the_modal_share_is_that_of_a_count(shape, seed):
+    logits = np.random.default_rng(seed).normal(size=shape)
+    answers = [int(np.argmax(row)) for row in logits.reshape(-1, shape[-1])]
+    (_, most), *_ = collections.Counter(answers).most_common()
+    assert_close(modal_share(logits), most / len(answers))
+
+
+def test_the_modal_share_of_no_answers():
+    assert modal_share(jnp.array([[1.0, 2.0], [-jnp.inf, 0.0]])) == 1
+    assert jnp.isnan(modal_share(jnp.array([[1.0, 2.0], [jnp.nan, 0.0]])))
+
+
+# Learning rates.
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "losses", "margin", "expected"),
+    [
+        ([80, 95, 94.5, 50], None, 1, 0.3),
+        ([80, 95, 94, 50], None, 1, 0.3),  # just near enough
+        ([80, 95, 93.9, 50], None, 1, 0.1),
+        ([90, 90, 90, 90], None, 0, 1.0),  # of equal ones the largest
+        ([95, 20, 20, 94.5], None, 1, 1.0),  # not only neighbours of the best
+        ([80, 95, 95, 95], [1, 1, 1, np.inf], 1, 0.3),
+        ([80, 95, 95, np.nan], [1, 1, np.nan, 1], 1, 0.1),
+        ([70, 80, 99, 10], [1, 1, np.nan, 1], 1, 0.1),  # what diverged is not the best either
+        ([np.nan] * 4, None, 1, np.nan),
+        ([90] * 4, [np.inf, -np.inf, np.nan, np.nan], 1, np.nan),
+        ([-2.5, -0.5, -0.4, -3.0], None, 0.2, 0.3),  # losses with their sign changed
+        ([10, 90, 95, 95], None, 1000, 1.0),
+    ],
+)
+def test_the_largest_usable_rate(accuracies, losses, margin, expected):
+    for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
+        rates = jnp.array([0.03, 0.1, 0.3, 1.0])[jnp.array(order)]
+        own = jnp.array(accuracies, float)[jnp.array(order)]
+        of_losses = None if losses is None else jnp.array(losses, float)[jnp.array(order)]
+        np.testing.assert_array_equal(largest_usable_rate(rates, own, of_losses, margin=margin), expected)
+
+
+def quadratic(seed, size=5):
+    rng = np.random.default_rng(seed)
+    root, linear = rng.normal(size=(size, size)), rng.normal(size=size)
+    hessian = root @ root.T
+    return hessian, lambda p: ravel(p) @ hessian @ ravel(p) / 2 + linear @ ravel(p) + 50
+
+
+def ravel(tree):
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+@given(seeds)
+def test_the_loss_along_the_gradient_of_a_quadratic(seed):
+    """L - s|g|^2 + s^2 g'Hg / 2."""
+    hessian, loss_fn = quadratic(seed)
+    rng = np.random.default_rng(seed + 1)
+    params = {"b": jnp.asarray(rng.normal(size=2)), "w": jnp.asarray(rng.normal(size=(1, 3)))}
+    gradients, sizes = jax.grad(loss_fn)(params), jnp.array([0.0, 1e-3, 0.1, 3.0, -0.5])
+    g, s, loss = np.asarray(ravel(gradients)), np.asarray(sizes), loss_fn(params)
+    expected = (loss - s * (g @ g) + s**2 * (g @ hessian @ g) / 2) / loss
+    actual = quick_jit(lambda *args: diagnostics.loss_along(loss_fn, *args))(
+        params, jax.tree.map(jnp.negative, gradients), sizes
+    )
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+    np.testing.assert_allclose(actual[0], 1, rtol=1e-15)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_loss_along_the_steps_of_optimizers():
+    """With an update of learning rate 1 the sizes are learning rates, for BNP and Adam as for SGD."""
+    model, x, y = Network(), normal(0, 8, 3), jnp.arange(8) % 5
+    params, layers = init(model, x), bnp.linen.find_layers(model, x)
+
+    def loss_fn(params):
+        logits, records = bnp.linen.capture(model)({"params": params}, x)
+        return cross_entropy(logits, y), records
+
+    grads, records = quick_jit(jax.grad(loss_fn, has_aux=True))(params)
+    along = quick_jit(functools.partial(diagnostics.loss_along, lambda p: loss_fn(p)[0]))
+    for make in (optax.sgd, optax.adam, lambda rate: bnp.preconditioned(optax.sgd(rate), layers)):
+
+        def update(rate, make=make):
+            tx = optax.with_extra_args_support(make(rate))
+            return tx.update(grads, tx.init(params), params, intermediates=records)[0]
+
+        rates = [0.1, 3.0]
+        expected = [loss_fn(optax.apply_updates(params, update(rate)))[0] / loss_fn(params)[0] for rate in rates]
+        np.testing.assert_allclose(along(params, update(1.0), jnp.array(rates)), expected, rtol=1e-10)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_steps_of_low_precision_parameters_are_rounded_once():
+    params = {"w": jnp.array([1.0, 2.0], jnp.bfloat16)}
+    direction, sizes = {"w": jnp.array([0.3, -0.7], jnp.bfloat16)}, jnp.array([1e-3, 0.01, 0.7], jnp.float32)
+    seen = lambda p: (p["w"].astype(jnp.float32) * jnp.array([1.0, 100.0], jnp.float32)).sum()  # noqa: E731
+    moved = [
+        optax.apply_updates(params, {"w": size * direction["w"].astype(jnp.float32)}) for size in np.float32(sizes)
+    ]
+    expected = [seen(p) / seen(params) for p in moved]
+    np.testing.assert_array_equal(diagnostics.loss_along(seen, params, direction, sizes), expected)
+
+
+def test_losses_that_are_not_finite_are_shown():
+    ratios = diagnostics.loss_along(
+        lambda p: jnp.exp(p), jnp.array(1.0, jnp.float32), jnp.array(1.0, jnp.float32), jnp.array([0.0, 1e3, jnp.nan])
+    )
+    np.testing.assert_array_equal(ratios, [1, np.inf, np.nan])
+
+
+# Noise.
+
+
+def noise_setup(seed, examples):
+    rng = np.random.default_rng(seed)
+    params = {"w": jnp.asarray(rng.normal(size=(3, 2))), "b": jnp.asarray(rng.normal(size=2))}
+    x, y = jnp.asarray(rng.normal(size=(examples, 3))), jnp.asarray(rng.normal(size=(examples, 2)))
+    return params, (x, y)
+
+
+def of_example(params, example):
+    x, y = example
+    return jnp.square(jnp.tanh(x @ params["w"] + params["b"]) - y).sum()
+
+
+def of_batch(params, batch):
+    return jax.vmap(of_example, (None, 0))(params, batch).mean()
+
+
+gradient_of_batch = quick_jit(jax.grad(of_batch))
+noise = quick_jit(functools.partial(diagnostics.sgd_noise, of_example), static_argnums=3)
+
+
+def step_of(params, batch, chosen, rate):
+    chosen = np.array(chosen)
+    return -rate * np.asarray(ravel(gradient_of_batch(params, jax.tree.map(lambda part: part[chosen], batch))))
+
+
+@pytest.mark.parametrize("examples", [1, 7])
+def test_the_noise_is_that_of_a_loop_over_examples(examples):
+    params, batch = noise_setup(0, examples)
+    gradients = [step_of(params, batch, [number], -1.0) for number in range(examples)]
+    expected = 0.3**2 * np.mean([np.sum((g - np.mean(gradients, 0)) ** 2) for g in gradients]) / 4
+    assert_close(noise(params, batch, 0.3, 4), expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_noise_is_the_variance_of_all_batches(size):
+    """Of all that may be drawn, with replacement exactly, without it the smaller by (N - size) / (N - 1)."""
+    examples, rate = 5, 0.3
+    params, batch = noise_setup(1, examples)
+    whole = step_of(params, batch, range(examples), rate)
+    expected = noise(params, batch, rate, size)
+    for draw, factor in (
+        (itertools.product(range(examples), repeat=size), 1),
+        (itertools.combinations(range(examples), size), (examples - size) / (examples - 1)),
+    ):
+        distances = [np.sum((step_of(params, batch, chosen, rate) - whole) ** 2) for chosen in draw]
+        assert_close(np.mean(distances), factor * expected)
+
+
+def test_the_noise_of_whole_batches():
+    """As it is taken with Batch Normalization: an example here is a batch."""
+    params, batch = noise_setup(2, 12)
+    batches = jax.tree.map(lambda part: part.reshape(4, 3, -1), batch)
+    steps = np.array([step_of(params, batch, range(3 * i, 3 * i + 3), 0.5) for i in range(4)])
+    actual = diagnostics.sgd_noise(of_batch, params, batches, 0.5, 1)
+    assert_close(actual, np.square(steps - steps.mean(0)).sum(1).mean())
+
+
+def test_the_noise_of_low_precision_parameters_is_float32():
+    params, batch = noise_setup(3, 6)
+    low, data = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (params, batch))
+    actual = noise(low, data, 0.3, 2)
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, noise(params, batch, 0.3, 2), rtol=0.05)
+
+
+def test_equal_examples_make_no_noise():
+    params, batch = noise_setup(4, 1)
+    copies = jax.tree.map(lambda part: jnp.tile(part, (5, 1)), batch)
+    np.testing.assert_allclose(noise(params, copies, 1.0, 1), 0, atol=1e-24)
+
+
+# What is refused.
+
+TREE = {"w": jnp.ones((2, 3), jnp.float32)}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: diagnostics.channel_moments(jnp.ones(3)), ValueError, r"the shape is \(3,\)"),
+        (
+            lambda: diagnostics.layer_moments(jnp.ones((0, 3))),
+            ValueError,
+            r"that is not empty, but the shape is \(0, 3\)",
+        ),
+        (lambda: diagnostics.input_independence(jnp.ones(3)), ValueError, r"the shape is \(3,\)"),
+        (lambda: diagnostics.modal_share(jnp.ones(3)), ValueError, r"the shape is \(3,\)"),
+        (lambda: diagnostics.channel_heat_map([]), ValueError, r"but have \[\] channels"),
+        (lambda: diagnostics.channel_heat_map([jnp.ones((2, 3)), jnp.ones((2, 4))]), ValueError, r"but have \[3, 4\]"),
+        (lambda: diagnostics.magnitude_histogram(jnp.ones(3), jnp.ones(())), ValueError, r"edges must be a vector"),
+        (lambda: diagnostics.magnitude_histogram(jnp.ones(3), jnp.ones(0)), ValueError, r"edges must be a vector"),
+        (lambda: diagnostics.logit_gradients(jnp.ones((2, 3)), jnp.arange(3)), ValueError, r"\(2, 3\), \(3,\)"),
+        (lambda: diagnostics.logit_gradients(jnp.ones((2, 3)), jnp.ones(2)), TypeError, "labels must be integers"),
+        (lambda: diagnostics.largest_usable_rate([0.1], [1.0, 2.0], margin=1), ValueError, r"\(1,\), \(2,\), \(2,\)"),
+        (lambda: diagnostics.largest_usable_rate(0.1, 1.0, margin=1), ValueError, "vectors of one length"),
+        (lambda: diagnostics.largest_usable_rate([0.1], [1.0], [1.0, 2.0], margin=1), ValueError, r"\(1,\), \(2,\)"),
+        (lambda: diagnostics.largest_usable_rate([0.1], [1.0], margin=-1), ValueError, "but is -1"),
+        (lambda: diagnostics.loss_along(ravel, TREE, {"v": TREE["w"]}, [1.0]), ValueError, r"\['v'\], \['w'\]"),
+        (lambda: diagnostics.loss_along(ravel, TREE, {"w": jnp.ones(3)}, [1.0]), ValueError, r"differ at \['w'\]"),
+        (lambda: diagnostics.loss_along(ravel, TREE, TREE, 1.0), ValueError, "sizes must be a vector"),
+        (lambda: diagnostics.sgd_noise(ravel, TREE, jnp.ones(2), 0.1, 0), ValueError, "at least 1, but is 0"),
+        (lambda: diagnostics.sgd_noise(ravel, TREE, jnp.ones(()), 0.1, 1), ValueError, "common first axis"),
+        (lambda: diagnostics.sgd_noise(ravel, TREE, (jnp.ones(2), jnp.ones(3)), 0.1, 1), ValueError, "first axis"),
+        (lambda: diagnostics.sgd_noise(ravel, TREE, (), 0.1, 1), ValueError, "common first axis"),
+    ],
+)
+def test_what_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_the_module_is_one_of_the_package():
+    assert contrib.diagnostics is diagnostics
