@@ -1,0 +1,316 @@
+"""Trainings of the methods of ``bnp_optax.contrib``, each a row of a CSV file.
+
+Every experiment compares methods in several settings. One run at each learning rate of one grid, with seed 0, lets the
+validation images choose a rate; runs with the other seeds at that rate alone read the test images.
+"""
+
+import csv
+import dataclasses
+import functools
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+import images
+import runs
+import sweeps
+import tables
+
+SEEDS, QUICK_SEEDS = (1, 2, 3), (1,)
+EVALUATION_BATCH = 500
+
+load = functools.cache(images.load)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """Everything that determines a training, beside the program of its experiment.
+
+    Attributes:
+      data: the set of images.
+      setting: what is trained on what, in the words of the experiment's table.
+      method: how it is trained, likewise.
+      batch_size: examples a step.
+      rate: the learning rate.
+      steps: how many.
+      seed: of the initial weights and the batches; 0 is for choosing the rate, and does not read the test images.
+    """
+
+    data: str
+    setting: str
+    method: str
+    batch_size: int
+    rate: float
+    steps: int
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome(Trial):
+    """What came out of a training.
+
+    Attributes:
+      commit: of the code.
+      seconds: wall time, compilation included.
+      train_loss: mean over the last tenth of the steps, in nats; not finite if the training diverged.
+      validation_accuracy: at the end, in percent.
+      test_accuracy: at the end, in percent; nan where the test set was not read.
+      measure: what else the experiment measures; nan where it measures nothing.
+    """
+
+    commit: str
+    seconds: float
+    train_loss: float
+    validation_accuracy: float
+    test_accuracy: float
+    measure: float
+
+    @property
+    def trial(self) -> Trial:
+        """The training."""
+        return Trial(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Trial)})
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss stopped being finite."""
+        return not math.isfinite(self.train_loss)
+
+
+def epochs(trial: Trial, split: images.Split) -> Iterator[images.Split]:
+    """Yields batches without end: every epoch in a new order, examples that fill no batch left out."""
+    rng = np.random.default_rng(trial.seed)
+    while True:
+        order = rng.permutation(len(split.labels))
+        for start in range(0, len(order) - trial.batch_size + 1, trial.batch_size):
+            chosen = order[start : start + trial.batch_size]
+            yield images.Split(split.images[chosen], split.labels[chosen])
+
+
+class Task(NamedTuple):
+    """What an experiment trains, as functions to be compiled; images are standardized by the training pixels.
+
+    Attributes:
+      init: ``(key, one image) -> state``.
+      step: ``(state, learning rate, images, labels) -> state, loss``.
+      predict: ``(state, images) -> logits``, as the network is used after training.
+      measure: ``(state) -> number``, at the end.
+      batches: ``(trial, training images) -> batches`` without end.
+    """
+
+    init: Callable[[jax.Array, Any], Any]
+    step: Callable[[Any, jax.Array, Any, Any], tuple[Any, jax.Array]]
+    predict: Callable[[Any, Any], jax.Array]
+    measure: Callable[[Any], jax.Array | float] = lambda state: math.nan
+    batches: Callable[[Trial, images.Split], Iterator[images.Split]] = epochs
+
+
+Report = tuple[dict[str, str], dict[str, Figure]]  # tables and figures by name
+
+
+class Experiment(NamedTuple):
+    """One method, beside what it is compared with.
+
+    Attributes:
+      tuning: ``(quick) -> trials`` with seed 0 at every learning rate.
+      task: makes the task of a trial, whose rate and seed are 0: they are arguments of what is compiled.
+      report: makes tables and figures, by name, of all outcomes.
+      further: ``(quick) -> trials`` beside those at the best rates.
+      also: ``(folder of the results, folder of the data, quick)``: measures what is no training, after all of these,
+        and adds it to a CSV file of its own in the folder.
+      also_report: ``(all outcomes, folder of the results)``: makes tables and figures of that file.
+    """
+
+    tuning: Callable[[bool], list[Trial]]
+    task: Callable[[Trial], Task]
+    report: Callable[[Sequence[Outcome]], Report]
+    further: Callable[[bool], list[Trial]] = lambda quick: []
+    also: Callable[[Path, Path, bool], None] = lambda results, data_dir, quick: None
+    also_report: Callable[[Sequence[Outcome], Path], Report] = lambda outcomes, results: ({}, {})
+
+
+@functools.cache
+def compiled(make: Callable[[Trial], Task], trial: Trial, mean: float, deviation: float) -> Task:
+    """Returns the task of a trial compiled, its images unsigned bytes."""
+    task = make(trial)
+
+    def standardized(x: jax.Array) -> jax.Array:
+        return (x.astype(jnp.float32) - mean) / deviation
+
+    return task._replace(
+        init=jax.jit(lambda key, x: task.init(key, standardized(x))),
+        step=jax.jit(lambda state, rate, x, y: task.step(state, rate, standardized(x), y), donate_argnums=0),
+        predict=jax.jit(lambda state, x: task.predict(state, standardized(x))),
+    )
+
+
+def train(
+    make: Callable[[Trial], Task], trial: Trial, data_dir: Path, advance: Callable[[int], None] = lambda _: None
+) -> Outcome:
+    """Runs one training.
+
+    Args:
+      make: makes its task.
+      trial: what to run.
+      data_dir: the folder of the data sets.
+      advance: called with the number of steps since its last call.
+
+    Returns:
+      The outcome; a training stops within a tenth of its steps after its loss ceased to be finite.
+    """
+    start, commit, data = time.perf_counter(), runs.commit(), load(trial.data, data_dir)
+    mean, deviation = float(data.train.images.mean()), float(data.train.images.std())
+    task = compiled(make, dataclasses.replace(trial, rate=0.0, seed=0), mean, deviation)
+    rate, state = jnp.float32(trial.rate), task.init(jax.random.key(trial.seed), data.train.images[:1])
+    batches, loss = task.batches(trial, data.train), math.nan
+    for part in np.array_split(np.arange(trial.steps), 10):
+        losses = []
+        for _ in part:
+            state, loss_of_step = task.step(state, rate, *next(batches))
+            losses.append(loss_of_step)
+        loss = float(jnp.stack(losses).mean()) if losses else loss
+        advance(len(part))
+        if losses and not math.isfinite(loss):
+            break
+    validation = accuracy(task, state, data.validation)
+    test = accuracy(task, state, data.test) if trial.seed else math.nan
+    seconds = round(time.perf_counter() - start, 1)
+    measured = float(task.measure(state))
+    return Outcome(
+        **dataclasses.asdict(trial),
+        commit=commit,
+        seconds=seconds,
+        train_loss=loss,
+        validation_accuracy=validation,
+        test_accuracy=test,
+        measure=measured,
+    )
+
+
+def accuracy(task: Task, state: Any, split: images.Split) -> float:
+    """Returns the accuracy in percent."""
+    cuts = range(EVALUATION_BATCH, len(split.labels), EVALUATION_BATCH)
+    parts = zip(np.split(split.images, cuts), np.split(split.labels, cuts), strict=True)
+    right = sum(int((np.asarray(task.predict(state, x)).argmax(-1) == y).sum()) for x, y in parts)
+    return 100 * right / len(split.labels)
+
+
+def run(experiment: Experiment, output: Path, data_dir: Path, quick: bool = False, workers: int = 1) -> list[Outcome]:
+    """Runs what has no row in the CSV file yet: every rate, then the other seeds at the best.
+
+    Args:
+      experiment: what to run.
+      output: the CSV file.
+      data_dir: the folder of the data sets.
+      quick: a short form on scikit-learn's digits, which needs no download.
+      workers: processes that share the cores.
+
+    Returns:
+      All outcomes of the experiment.
+    """
+
+    def sweep(todo: list[Trial]) -> list[Outcome]:
+        return sweeps.sweep(
+            todo,
+            functools.partial(train, experiment.task, data_dir=data_dir),
+            {outcome.trial: outcome for outcome in runs.read_rows(output, Outcome)},
+            functools.partial(append, output),
+            title=output.stem,
+            size=lambda trial: trial.steps,
+            workers=workers,
+        )
+
+    seeds = QUICK_SEEDS if quick else SEEDS
+    tuning = sweep(experiment.tuning(quick))
+    final = [dataclasses.replace(best(own).trial, seed=seed) for own in by_cell(tuning).values() for seed in seeds]
+    outcomes = tuning + sweep(list(dict.fromkeys([*final, *experiment.further(quick)])))
+    experiment.also(output.parent, data_dir, quick)
+    return outcomes
+
+
+def report(experiment: Experiment, outcomes: Sequence[Outcome], results: Path) -> Report:
+    """Returns the tables and the figures of an experiment, by name, of all that its CSV files in the folder hold."""
+    texts, drawn = experiment.report(outcomes)
+    more_texts, more_drawn = experiment.also_report(outcomes, results)
+    return texts | more_texts, drawn | more_drawn
+
+
+def append(path: Path, outcome: Outcome) -> None:
+    """Adds a row to the file, which it begins with a header if there is none."""
+    is_new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Outcome)], lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(dataclasses.asdict(outcome))
+
+
+Cell = tuple[str, str, int, str]  # data, setting, batch size, method
+
+
+def by_cell(outcomes: Sequence[Outcome]) -> dict[Cell, list[Outcome]]:
+    """Groups outcomes that differ in rate and seed alone."""
+    cells: dict[Cell, list[Outcome]] = {}
+    for outcome in outcomes:
+        cells.setdefault((outcome.data, outcome.setting, outcome.batch_size, outcome.method), []).append(outcome)
+    return cells
+
+
+def best(tuning: Sequence[Outcome]) -> Outcome:
+    """Returns the outcome with the highest validation accuracy; of equal ones that with the lowest rate."""
+    return min(tuning, key=lambda outcome: (outcome.diverged, -outcome.validation_accuracy, outcome.rate))
+
+
+def accuracy_table(outcomes: Sequence[Outcome]) -> str:
+    """Returns a row a cell: test accuracy at the rate that is best in validation, and the window of good rates.
+
+    A cell whose runs at the best rate are still to come is left out.
+    """
+    rows = []
+    for (data, setting, batch_size, method), own in by_cell(outcomes).items():
+        tuning = [outcome for outcome in own if outcome.seed == 0]
+        rate = best(tuning).rate
+        final = [outcome for outcome in own if outcome.seed and outcome.rate == rate]
+        if not final:
+            continue
+        # what diverged guesses
+        tests = np.array([tables.CHANCE if outcome.diverged else outcome.test_accuracy for outcome in final])
+        losses = [outcome.train_loss for outcome in final]
+        good = window(tuning)
+        diverged = f"{sum(outcome.diverged for outcome in tuning)} of {len(tuning)}"
+        edge = " (edge of the grid)" if rate in (min(o.rate for o in tuning), max(o.rate for o in tuning)) else ""
+        rows.append(
+            [
+                tables.DATA_NAMES[data],
+                setting,
+                str(batch_size),
+                method,
+                f"{tests.mean():.1f}",
+                tables.range_text(tests),
+                f"{np.mean(losses):.3f}",
+                f"{rate:g}{edge}",
+                tables.window_text(*good),
+                diverged,
+            ]
+        )
+    header = ["data", "setting", "batch", "method", "test accuracy", "range", "train loss", "rate", "window"]
+    return tables.markdown([*header, "diverged"], rows)
+
+
+def window(tuning: Sequence[Outcome], margin: float = 1.0) -> tuple[float, float]:
+    """Returns the lowest and highest rate around the best whose validation accuracy is within ``margin`` of its own."""
+    ordered = sorted(tuning, key=lambda outcome: outcome.rate)
+    accuracies = [0.0 if outcome.diverged else outcome.validation_accuracy for outcome in ordered]
+    top = accuracies.index(max(accuracies))
+    good = [accuracy >= accuracies[top] - margin for accuracy in accuracies]
+    above = len(list(itertools.takewhile(bool, good[top + 1 :])))
+    below = len(list(itertools.takewhile(bool, good[:top][::-1])))
+    return ordered[top - below].rate, ordered[top + above].rate
