@@ -11,10 +11,13 @@ from pathlib import Path
 import jax
 import rich
 
+import psi_sgd
 import runs
 import trials
 
-EXPERIMENTS: dict[str, trials.Experiment] = {}
+EXPERIMENTS: dict[str, trials.Experiment] = {
+    "psi_sgd": psi_sgd.EXPERIMENT,
+}
 
 
 def main(argv: list[str] | None = None) -> None:
