@@ -11,11 +11,13 @@ from pathlib import Path
 import jax
 import rich
 
+import batch_renorm
 import psi_sgd
 import runs
 import trials
 
 EXPERIMENTS: dict[str, trials.Experiment] = {
+    "batch_renorm": batch_renorm.EXPERIMENT,
     "psi_sgd": psi_sgd.EXPERIMENT,
 }
 
