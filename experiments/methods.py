@@ -11,12 +11,14 @@ from pathlib import Path
 import jax
 import rich
 
+import batch_group_norm
 import batch_renorm
 import psi_sgd
 import runs
 import trials
 
 EXPERIMENTS: dict[str, trials.Experiment] = {
+    "batch_group_norm": batch_group_norm.EXPERIMENT,
     "batch_renorm": batch_renorm.EXPERIMENT,
     "psi_sgd": psi_sgd.EXPERIMENT,
 }
