@@ -13,6 +13,7 @@ import rich
 
 import batch_group_norm
 import batch_renorm
+import normalizer_free
 import psi_sgd
 import runs
 import trials
@@ -20,6 +21,7 @@ import trials
 EXPERIMENTS: dict[str, trials.Experiment] = {
     "batch_group_norm": batch_group_norm.EXPERIMENT,
     "batch_renorm": batch_renorm.EXPERIMENT,
+    "normalizer_free": normalizer_free.EXPERIMENT,
     "psi_sgd": psi_sgd.EXPERIMENT,
 }
 
