@@ -13,6 +13,7 @@ import rich
 
 import batch_group_norm
 import batch_renorm
+import bjorck
 import normalizer_free
 import psi_sgd
 import runs
@@ -21,6 +22,7 @@ import trials
 EXPERIMENTS: dict[str, trials.Experiment] = {
     "batch_group_norm": batch_group_norm.EXPERIMENT,
     "batch_renorm": batch_renorm.EXPERIMENT,
+    "bjorck": bjorck.EXPERIMENT,
     "normalizer_free": normalizer_free.EXPERIMENT,
     "psi_sgd": psi_sgd.EXPERIMENT,
 }
