@@ -18,6 +18,7 @@ import normalizer_free
 import psi_sgd
 import runs
 import trials
+import warm_up
 
 EXPERIMENTS: dict[str, trials.Experiment] = {
     "batch_group_norm": batch_group_norm.EXPERIMENT,
@@ -25,6 +26,7 @@ EXPERIMENTS: dict[str, trials.Experiment] = {
     "bjorck": bjorck.EXPERIMENT,
     "normalizer_free": normalizer_free.EXPERIMENT,
     "psi_sgd": psi_sgd.EXPERIMENT,
+    "warm_up": warm_up.EXPERIMENT,
 }
 
 
