@@ -141,7 +141,8 @@ def by_rate(outcomes: Sequence[Outcome]) -> Figure:
             own = [o for o in outcomes if (o.setting, o.method, o.seed) == (setting, method, 0)]
             own.sort(key=lambda outcome: outcome.rate)
             accuracies = np.array([tables.CHANCE if o.diverged else o.validation_accuracy for o in own])
-            line: dict[str, Any] = {"label": method, "markersize": 4} | STYLES[method]
+            label = method.replace("BGN, ", "G = ").split(" group")[0]
+            line: dict[str, Any] = {"label": label, "markersize": 4} | STYLES[method]
             panel.plot([o.rate for o in own], accuracies, **line)
         panel.set(xscale="log", xlabel="learning rate")
     return figures.add_legend(figure, axes)
