@@ -34,7 +34,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "batches of 2": Setting(2, 12_000, (0.0003, 0.001, 0.003, 0.01, 0.03)),
+    "batches of 2": Setting(2, 12_000, (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03)),
     "batches of 64": Setting(64, 600, (0.003, 0.01, 0.03, 0.1, 0.3)),
 }
 STYLES = {
