@@ -1,9 +1,9 @@
 """Whether the warm-up by effective learning rates helps deep networks with BN, and what it does to their spread.
 
 ReLU networks of 20 and 40 dense layers without skip connections on MNIST, BN without scale and bias in each, by plain
-SGD: what the method's theory assumes. In networks so deep that barely train, evaluation with running statistics is
-often no better than a guess where batches are classified well. So they are evaluated with the statistics of the images
-that are classified, 500 at a time, whichever method trained them.
+SGD: what the method's theory assumes. Of the deeper networks, which barely train, some guess with running statistics
+where they do better with those of the batch. So all are evaluated with the statistics of the images that are
+classified, 500 at a time, whichever method trained them.
 """
 
 import dataclasses
