@@ -6,7 +6,6 @@ built in float64: H, for BNP also P'HP, and for BatchNorm the H of its own netwo
 are functions of the parameters.
 """
 
-import csv
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -80,7 +79,6 @@ def measure_all(output: Path, seeds: Sequence[int], steps: Sequence[int]) -> lis
       The rows of the file.
     """
     done = {(row.method, row.seed, row.step) for row in read(output)}
-    output.parent.mkdir(parents=True, exist_ok=True)
     with rich.progress.Progress() as progress:
         task = progress.add_task(output.stem, total=3 * len(seeds) * len(steps))
         for seed, method in itertools.product(seeds, ("sgd", "bn", "bnp")):
@@ -88,19 +86,9 @@ def measure_all(output: Path, seeds: Sequence[int], steps: Sequence[int]) -> lis
             missing = [step for step in steps if (method, seed, step) not in done]
             progress.advance(task, len(steps) - len(missing))
             for rows in measure(run, missing) if missing else ():
-                append(output, rows)
+                runs.append_rows(output, rows)
                 progress.advance(task)
     return read(output)
-
-
-def append(path: Path, rows: Sequence[Conditioning]) -> None:
-    """Adds rows to the file, which it begins with a header if there is none."""
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Conditioning)], lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(map(dataclasses.asdict, rows))
 
 
 def measure(run: Run, steps: Sequence[int]) -> Iterator[list[Conditioning]]:

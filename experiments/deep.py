@@ -3,7 +3,6 @@
 Activations are measured where they enter a ReLU, behind BN where there is one, and at the logits.
 """
 
-import csv
 import dataclasses
 import functools
 import itertools
@@ -262,7 +261,7 @@ def look_at_all(results: Path, data_dir: Path, quick: bool) -> None:
         task = progress.add_task(output.stem, total=len(todo))
         for name, seed in todo:
             if (name, seed) not in done:
-                append(output, look_at(name, depth, seed, data, data_dir, stops))
+                runs.append_rows(output, look_at(name, depth, seed, data, data_dir, stops))
             progress.advance(task)
 
 
@@ -293,13 +292,3 @@ def look_at(name: str, depth: int, seed: int, data: str, data_dir: Path, stops: 
 @functools.cache
 def compiled_look(name: str, depth: int) -> Callable[[State, Any, Any], dict[str, Any]]:
     return jax.jit(make_program(name, depth).look)
-
-
-def append(path: Path, rows: Sequence[Diagnosis]) -> None:
-    """Adds rows to the file, which it begins with a header if there is none."""
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Diagnosis)], lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(map(dataclasses.asdict, rows))

@@ -173,6 +173,17 @@ def read_rows(path: Path, kind: type[T]) -> list[T]:
     return [kind(**{name: types[name](cell) for name, cell in row.items()}) for row in rows]
 
 
+def append_rows(path: Path, rows: Sequence[Any]) -> None:
+    """Adds dataclasses of one kind to a plain CSV file, which it begins with a header if there is none."""
+    is_new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(rows[0])], lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(map(dataclasses.asdict, rows))
+
+
 def whole_lines(path: Path) -> str:
     """Returns the text of a file, and cuts off it a last line without its end, which a killed program may leave."""
     text = path.read_text()

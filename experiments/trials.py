@@ -4,7 +4,6 @@ Every experiment compares methods in several settings. One run at each learning 
 validation images choose a rate; runs with the other seeds at that rate alone read the test images.
 """
 
-import csv
 import dataclasses
 import functools
 import itertools
@@ -221,7 +220,7 @@ def run(experiment: Experiment, output: Path, data_dir: Path, quick: bool = Fals
             todo,
             functools.partial(train, experiment.task, data_dir=data_dir),
             {outcome.trial: outcome for outcome in runs.read_rows(output, Outcome)},
-            functools.partial(append, output),
+            lambda outcome: runs.append_rows(output, [outcome]),
             title=output.stem,
             size=lambda trial: trial.steps,
             workers=workers,
@@ -240,17 +239,6 @@ def report(experiment: Experiment, outcomes: Sequence[Outcome], results: Path) -
     texts, drawn = experiment.report(outcomes)
     more_texts, more_drawn = experiment.also_report(outcomes, results)
     return texts | more_texts, drawn | more_drawn
-
-
-def append(path: Path, outcome: Outcome) -> None:
-    """Adds a row to the file, which it begins with a header if there is none."""
-    is_new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Outcome)], lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(dataclasses.asdict(outcome))
 
 
 Cell = tuple[str, str, int, str]  # data, setting, batch size, method
