@@ -1,16 +1,14 @@
 """Adaptive gradient clipping: every output unit's gradient is bounded by the norm of the unit's own weights."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
 from bnp_optax.bnp import NUMBERS
-from bnp_optax.contrib.units import map_layers, unit_norms
-from bnp_optax.layers import Layer, Layers, check_layers
-from bnp_optax.trees import LayerTree, Weights
+from bnp_optax.contrib.units import transform_layers, unit_norms
+from bnp_optax.layers import Layer, Layers
+from bnp_optax.trees import Weights
 
 _SMALLEST_NORM = 1e-6  # of a gradient: what it is divided by at least
 
@@ -70,7 +68,6 @@ def adaptive_grad_clip(
       of a grouped, transposed or stacked kernel is, and that a bias of several axes is one vector, are choices of this
       library.
     """
-    check_layers(layers)
     if isinstance(clipping, NUMBERS) and not clipping > 0:
         raise ValueError(f"clipping must be positive, but is {clipping}.")
     if isinstance(eps, NUMBERS) and not 0 <= eps < float("inf"):
@@ -88,17 +85,7 @@ def adaptive_grad_clip(
         factors = jnp.where(norms > bounds, bounds / jnp.maximum(norms, _SMALLEST_NORM), 1)
         return gradient * factors
 
-    def init_fn(params: optax.Params) -> optax.EmptyState:
-        LayerTree.of(params, layers)  # which refuses parameters that the layers do not describe
-        return optax.EmptyState()
-
-    def update_fn(
-        updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, optax.EmptyState]:
-        del extra_args
-        return map_layers(clip, updates, params, layers), state
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transform_layers(clip, layers)
 
 
 def _vector_norms(bias: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from bnp_optax.contrib.units import map_layers, sum_over_units, unit_norms
+from bnp_optax.contrib.units import map_layers, sum_over_units, transform_layers, unit_norms
 from bnp_optax.layers import Layer, Layers, check_layers
 from bnp_optax.moments import statistics_dtype
 from bnp_optax.trees import LayerTree, Weights, from_canonical, to_canonical
@@ -70,23 +70,12 @@ def scale_by_psi(layers: Layers, num_groups: int | None = None) -> optax.Gradien
       Yi, Accelerating Training of Batch Normalization: A Manifold Perspective, UAI 2022, PMLR 180, eq. 7, 9 and 10,
       https://arxiv.org/abs/2101.02916
     """
-    check_layers(layers)
 
     def scale(layer: Layer, updates: Weights, weights: Weights) -> Weights:
         squared_norms = sum_over_units(jnp.square(weights.kernel), num_groups)
         return Weights(squared_norms * updates.kernel, updates.bias)
 
-    def init_fn(params: optax.Params) -> optax.EmptyState:
-        LayerTree.of(params, layers)
-        return optax.EmptyState()
-
-    def update_fn(
-        updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, optax.EmptyState]:
-        del extra_args
-        return map_layers(scale, updates, params, layers), state
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transform_layers(scale, layers)
 
 
 class PsiSgdState(NamedTuple):

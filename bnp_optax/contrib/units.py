@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bnp_optax.layers import Layer, Layers
+from bnp_optax.layers import Layer, Layers, check_layers
 from bnp_optax.moments import statistics_dtype
 from bnp_optax.trees import LayerTree, Weights, from_canonical, to_canonical
 
@@ -103,3 +103,41 @@ def map_layers(
         canonical = (to_canonical(layer, weights, dtype) for weights in (own, of_params[path]))
         new[path] = from_canonical(layer, function(layer, *canonical), own)
     return of_updates.replace(new).unflatten()
+
+
+def transform_layers(
+    function: Callable[[Layer, Weights, Weights], Weights], layers: Layers
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the transformation without a state that changes the updates of every layer.
+
+    Args:
+      function: as for :func:`map_layers`.
+      layers: the layers.
+
+    Returns:
+      The transformation. Its ``init`` refuses parameters that the layers do not describe.
+
+    Raises:
+      TypeError: if ``layers`` is no :class:`~bnp_optax.Layers`.
+      ValueError: if it holds no layer; by ``init`` and ``update``, as :func:`map_layers`.
+
+    Example:
+      >>> layers = Layers((Layer.dense(("w",), (2, 1)),))
+      >>> tx = transform_layers(lambda _, update, weights: Weights(3 * update.kernel, None), layers)
+      >>> tree = {"w": jnp.ones((2, 1))}
+      >>> print(tx.update(tree, tx.init(tree), tree)[0]["w"].ravel())
+      [3. 3.]
+    """
+    check_layers(layers)
+
+    def init_fn(params: optax.Params) -> optax.EmptyState:
+        LayerTree.of(params, layers)
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        del extra_args
+        return map_layers(function, updates, params, layers), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
