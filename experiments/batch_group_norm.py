@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
@@ -80,40 +79,11 @@ class Network(nn.Module):
         raise ValueError(f"no method {self.method!r}; there are {', '.join(STYLES)}")
 
 
-class State(NamedTuple):
-    """Everything that a step changes."""
-
-    params: Any
-    batch_stats: Any
-    optimizer: optax.OptState
-
-
 def task(trial: Trial) -> trials.Task:
     """Returns the training of the network by gradient descent with momentum."""
-    model = Network(trial.method)
-
-    def optimizer(rate: Any) -> optax.GradientTransformation:
-        return optax.sgd(rate, MOMENTUM)
-
-    def init(key: jax.Array, x: jax.Array) -> State:
-        variables = model.init(key, x)
-        params = variables["params"]
-        return State(params, variables.get("batch_stats", {}), optimizer(0.0).init(params))
-
-    def step(state: State, rate: jax.Array, x: jax.Array, y: jax.Array) -> tuple[State, jax.Array]:
-        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, changed = model.apply(variables, x, train=True, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), changed.get("batch_stats", {})
-
-        (loss, batch_stats), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        updates, new = optimizer(rate).update(gradients, state.optimizer)
-        return State(optax.apply_updates(state.params, updates), batch_stats, new), loss
-
-    def predict(state: State, x: jax.Array) -> jax.Array:
-        return jnp.asarray(model.apply({"params": state.params, "batch_stats": state.batch_stats}, x))
-
-    return trials.Task(init, step, predict)
+    return trials.classifier(
+        Network(trial.method), lambda rate, params, x: optax.with_extra_args_support(optax.sgd(rate, MOMENTUM))
+    )
 
 
 def tuning(quick: bool) -> list[Trial]:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
@@ -86,13 +85,6 @@ class Network(nn.Module):
         raise ValueError(f"no method {self.method!r}; there are {', '.join(STYLES)}")
 
 
-class State(NamedTuple):
-    """Everything that a step changes."""
-
-    params: Any
-    batch_stats: Any
-
-
 def batches(trial: Trial, split: images.Split) -> Iterator[images.Split]:
     """Yields batches without end: of any examples, or of equally many of each of a few classes, drawn each time."""
     classes = SETTINGS[trial.setting].classes
@@ -111,25 +103,8 @@ def batches(trial: Trial, split: images.Split) -> Iterator[images.Split]:
 def task(trial: Trial) -> trials.Task:
     """Returns the training of the network by gradient descent."""
     model = Network(trial.method, trial.steps)
-
-    def init(key: jax.Array, x: jax.Array) -> State:
-        variables = model.init(key, x)
-        return State(variables["params"], variables.get("batch_stats", {}))
-
-    def step(state: State, rate: jax.Array, x: jax.Array, y: jax.Array) -> tuple[State, jax.Array]:
-        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, changed = model.apply(variables, x, train=True, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), changed.get("batch_stats", {})
-
-        (loss, batch_stats), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        params = jax.tree.map(lambda param, gradient: param - rate * gradient, state.params, gradients)
-        return State(params, batch_stats), loss
-
-    def predict(state: State, x: jax.Array) -> jax.Array:
-        return jnp.asarray(model.apply({"params": state.params, "batch_stats": state.batch_stats}, x))
-
-    return trials.Task(init, step, predict, batches=batches)
+    descent = trials.classifier(model, lambda rate, params, x: optax.with_extra_args_support(optax.sgd(rate)))
+    return descent._replace(batches=batches)
 
 
 def tuning(quick: bool) -> list[Trial]:

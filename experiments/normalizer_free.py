@@ -6,12 +6,11 @@ standardized kernels, with Fixup, with and without adaptive gradient clipping, a
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -120,14 +119,6 @@ class Network(nn.Module):
         return ScalarBias()(x)
 
 
-class State(NamedTuple):
-    """What a training carries from step to step."""
-
-    params: optax.Params
-    batch_stats: Any
-    opt_state: optax.OptState
-
-
 def tuning(quick: bool) -> list[Trial]:
     """Returns a training of every method at every rate."""
     data, steps = ("digits", QUICK_STEPS) if quick else ("mnist", STEPS)
@@ -169,35 +160,10 @@ def make_task(trial: Trial) -> trials.Task:
     method = METHODS[trial.method]
     model = Network(method.form, SETTINGS[trial.setting])
 
-    def init(key: jax.Array, x: jax.Array) -> State:
-        variables = model.init(key, x)
-        params = variables["params"]
-        opt_state = make_optimizer(method, model, params, x, 1.0).init(params)
-        return State(params, variables.get("batch_stats", {}), opt_state)
+    def optimizer(rate: Any, params: Any, x: Any) -> optax.GradientTransformationExtraArgs:
+        return make_optimizer(method, model, params, x, rate)
 
-    def step(state: State, rate: jax.Array, x: jax.Array, y: jax.Array) -> tuple[State, jax.Array]:
-        def loss_fn(params: optax.Params) -> tuple[jax.Array, Any]:
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            run = bnp.linen.capture(model) if method.in_variables_of_bnp else without_records(model)
-            (logits, updated), records = run(variables, x, train=True, mutable=["batch_stats"])
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-            return losses.mean(), (updated.get("batch_stats", {}), records)
-
-        (loss, (batch_stats, records)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        tx = make_optimizer(method, model, state.params, x, rate)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params, intermediates=records)
-        return State(optax.apply_updates(state.params, updates), batch_stats, opt_state), loss
-
-    def predict(state: State, x: jax.Array) -> jax.Array:
-        logits: Any = model.apply({"params": state.params, "batch_stats": state.batch_stats}, x)
-        return jnp.asarray(logits)
-
-    return trials.Task(init, step, predict)
-
-
-def without_records(model: nn.Module) -> Callable[..., Any]:
-    """Returns a function as ``bnp.linen.capture`` does, without what that records."""
-    return lambda *args, **kwargs: (model.apply(*args, **kwargs), None)
+    return trials.classifier(model, optimizer, records=method.in_variables_of_bnp)
 
 
 def report(outcomes: Sequence[Outcome]) -> trials.Report:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
@@ -80,45 +79,25 @@ class Network(nn.Module):
         return logits
 
 
-class State(NamedTuple):
-    """Everything that a step changes."""
-
-    params: Any
-    batch_stats: Any
-    optimizer: optax.OptState
-
-
 def task(trial: Trial) -> trials.Task:
     """Returns the training of the network from the scales of a setting."""
     setting, method = SETTINGS[trial.setting], METHODS[trial.method]
     model = Network(setting.epsilon)
 
-    def optimizer(rate: Any, x: jax.Array) -> optax.GradientTransformationExtraArgs:
+    def optimizer(rate: Any, params: Any, x: Any) -> optax.GradientTransformationExtraArgs:
         if method.is_psi:
             return psi_sgd(rate, bnp.linen.find_layers(model, x), method.momentum)
         return optax.with_extra_args_support(optax.sgd(rate, method.momentum))
 
-    def init(key: jax.Array, x: jax.Array) -> State:
-        variables = model.init(key, x)
-        params = dict(variables["params"])
-        for name, scale in (("first", setting.first), ("second", setting.second)):
-            params[name] = {"kernel": scale * params[name]["kernel"]}
-        return State(params, variables["batch_stats"], optimizer(0.0, x).init(params))
+    plain = trials.classifier(model, optimizer)
 
-    def step(state: State, rate: jax.Array, x: jax.Array, y: jax.Array) -> tuple[State, jax.Array]:
-        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, changed = model.apply(variables, x, train=True, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), changed["batch_stats"]
+    def init(key: jax.Array, x: jax.Array) -> trials.State:
+        state: trials.State = plain.init(key, x)
+        scales = {"first": setting.first, "second": setting.second}
+        scaled = {name: {"kernel": scale * state.params[name]["kernel"]} for name, scale in scales.items()}
+        return state._replace(params={**state.params, **scaled})
 
-        (loss, batch_stats), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        updates, new = optimizer(rate, x).update(gradients, state.optimizer, state.params)
-        return State(optax.apply_updates(state.params, updates), batch_stats, new), loss
-
-    def predict(state: State, x: jax.Array) -> jax.Array:
-        return jnp.asarray(model.apply({"params": state.params, "batch_stats": state.batch_stats}, x))
-
-    return trials.Task(init, step, predict)
+    return plain._replace(init=init)
 
 
 def tuning(quick: bool) -> list[Trial]:

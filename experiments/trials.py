@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from matplotlib.figure import Figure
 
+import bnp_optax as bnp
 import images
 import runs
 import sweeps
@@ -112,6 +115,55 @@ class Task(NamedTuple):
 
 
 Report = tuple[dict[str, str], dict[str, Figure]]  # tables and figures by name
+
+
+class State(NamedTuple):
+    """What the training of a classifier carries from step to step."""
+
+    params: optax.Params
+    batch_stats: Any
+    opt_state: optax.OptState
+
+
+def classifier(
+    model: nn.Module,
+    optimizer: Callable[[Any, Any, Any], optax.GradientTransformationExtraArgs],
+    records: bool = False,
+) -> Task:
+    """Returns the training of a network by the cross-entropy of its logits.
+
+    Args:
+      model: the network, called with ``train=True`` in training, and used with its running statistics.
+      optimizer: ``(learning rate, parameters, images) -> optimizer``.
+      records: whether it wants the records of BNP.
+    """
+
+    def init(key: jax.Array, x: Any) -> State:
+        variables = model.init(key, x)
+        params = variables["params"]
+        return State(params, variables.get("batch_stats", {}), optimizer(0.0, params, x).init(params))
+
+    def step(state: State, rate: jax.Array, x: Any, y: Any) -> tuple[State, jax.Array]:
+        def loss_fn(params: optax.Params) -> tuple[jax.Array, Any]:
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            options: Any = {"train": True, "mutable": ["batch_stats"]}
+            inputs: dict[str, Any] = {}
+            if records:
+                (logits, updated), inputs = bnp.linen.capture(model)(variables, x, **options)
+            else:
+                logits, updated = model.apply(variables, x, **options)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+            return losses.mean(), (updated.get("batch_stats", {}), inputs)
+
+        (loss, (batch_stats, inputs)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        tx = optimizer(rate, state.params, x)
+        updates, opt_state = tx.update(gradients, state.opt_state, state.params, intermediates=inputs)
+        return State(optax.apply_updates(state.params, updates), batch_stats, opt_state), loss
+
+    def predict(state: State, x: Any) -> jax.Array:
+        return jnp.asarray(model.apply({"params": state.params, "batch_stats": state.batch_stats}, x))
+
+    return Task(init, step, predict)
 
 
 class Experiment(NamedTuple):
