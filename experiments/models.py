@@ -10,7 +10,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 
-Normalization = Literal["bn", "gn", "ln", "none"]
+Normalization = Literal["bn", "gn", "ln", "none"] | Callable[[bool], nn.Module]  # of whether it is trained
 
 he_normal = nn.initializers.he_normal()
 
@@ -26,6 +26,7 @@ def normalize(kind: Normalization, group_size: int, train: bool, x: jax.Array) -
             return nn.LayerNorm()(x)
         case "none":
             return x
+    return kind(train)(x)
 
 
 class MLP(nn.Module):
@@ -132,6 +133,11 @@ def tutorial_cnn(**attributes: Any) -> CNN:
 def resnet_18(*, group_size: int = 32, **attributes: Any) -> ResNet:
     """Returns the pre-activation network of 18 layers for ``large_images`` or small ones."""
     return ResNet(blocks=(2, 2, 2, 2), width=64, group_size=group_size, **attributes)
+
+
+def resnet_20(**attributes: Any) -> ResNet:
+    """Returns the pre-activation network of 20 layers for images of 32x32 pixels."""
+    return ResNet(blocks=(3, 3, 3), width=16, **attributes)
 
 
 def resnet_110(**attributes: Any) -> ResNet:

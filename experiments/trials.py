@@ -4,12 +4,14 @@ Every experiment compares methods in several settings. One run at each learning 
 validation images choose a rate; runs with the other seeds at that rate alone read the test images.
 """
 
+import argparse
 import dataclasses
 import functools
 import itertools
 import math
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import rich
 from matplotlib.figure import Figure
 
 import bnp_optax as bnp
@@ -226,7 +229,7 @@ def train(
         for _ in part:
             state, loss_of_step = task.step(state, rate, *next(batches))
             losses.append(loss_of_step)
-        loss = float(jnp.stack(losses).mean()) if losses else loss
+        loss = float(np.mean(jax.device_get(losses))) if losses else loss
         advance(len(part))
         if losses and not math.isfinite(loss):
             break
@@ -291,6 +294,51 @@ def report(experiment: Experiment, outcomes: Sequence[Outcome], results: Path) -
     texts, drawn = experiment.report(outcomes)
     more_texts, more_drawn = experiment.also_report(outcomes, results)
     return texts | more_texts, drawn | more_drawn
+
+
+def report_all(experiments: Mapping[str, Experiment], results: Path) -> Report:
+    """Returns the tables and the figures of all experiments that have a CSV file in the folder.
+
+    Raises:
+      ValueError: if none has.
+    """
+    texts: dict[str, str] = {}
+    drawn: dict[str, Figure] = {}
+    for name, experiment in experiments.items():
+        if rows := runs.read_rows(results / f"{name}.csv", Outcome):
+            own_texts, own_figures = report(experiment, rows, results)
+            texts |= own_texts
+            drawn |= own_figures
+    if not texts:
+        raise ValueError(f"{results} holds none of {', '.join(f'{name}.csv' for name in experiments)}")
+    return texts, drawn
+
+
+def main(description: str, experiments: Mapping[str, Experiment], argv: list[str] | None) -> None:
+    """Runs the experiments that the arguments name, and prints their tables.
+
+    Args:
+      description: of the program, for its help.
+      experiments: by name, which is also that of their CSV files.
+      argv: the program's arguments.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    option = parser.add_argument
+    option("experiments", nargs="*", default=list(experiments), metavar="EXPERIMENT", help=", ".join(experiments))
+    option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets' files (data)")
+    option("--results", type=Path, default=runs.RESULTS, metavar="DIR", help="folder of the CSV files")
+    option("--quick", action="store_true", help="a short form on scikit-learn's digits, which needs no download")
+    cpu = jax.default_backend() == "cpu"
+    option("--workers", type=int, default=os.cpu_count() if cpu else 1, metavar="N", help="processes (one a core)")
+    args = parser.parse_args(argv)
+    if unknown := set(args.experiments) - set(experiments):
+        parser.error(f"no experiment {', '.join(sorted(unknown))}; there are {', '.join(experiments)}")
+    if args.workers < 1:
+        parser.error("--workers must be at least 1")
+    for name in args.experiments:
+        outcomes = run(experiments[name], args.results / f"{name}.csv", args.data_dir, args.quick, args.workers)
+        for title, table in report(experiments[name], outcomes, args.results)[0].items():
+            rich.print(f"\n{title}\n\n{table}")
 
 
 Cell = tuple[str, str, int, str]  # data, setting, batch size, method

@@ -1,0 +1,243 @@
+"""Momentum, Adam and Muon: alone, with normalization layers, behind ``scale_by_bnp``, and in BNP's variables.
+
+* ``e8_defaults``: the options of ``preconditioned``, one changed at a time, in a quarter of an epoch.
+* ``e8``: one epoch at a constant rate, convolutional and fully connected networks, batches down to one example.
+* ``e9``: ten epochs of augmented images at a rate that falls along a cosine.
+
+``optimizers_report.py`` draws the figures and writes the tables of what comes out.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import optax.contrib
+
+import bnp_optax as bnp
+import images
+import models
+import trials
+from bnp_optax import contrib
+from bnp_optax.contrib import linen as contrib_linen
+from trials import Trial
+
+MOMENTUM = 0.9
+ADAM_FACTOR = 0.1  # of Adam's learning rate, for what is no kernel, by Muon's
+GROUP_SIZE, MLP_GROUP_SIZE = 8, 10  # of GN: channels, units
+EPOCH = 51_200  # examples, about those of CIFAR-10 and of MNIST
+OPTIMIZERS = ("Momentum", "Adam", "Muon")
+KINDS = ("{}", "{} + BN", "{} + BRN", "{} + GN", "scale_by_bnp, {}", "BNP({})")  # of methods, with an optimizer's name
+HEADLINE = ("{}", "{} + BN", "BNP({})")
+PADDING = 4  # pixels around an augmented image
+QUICK_STEPS, QUICK_RATES = 20, {("Adam", 32): (0.003,)}
+
+
+class Setting(NamedTuple):
+    """A network and how it is trained.
+
+    Attributes:
+      network: "mlp", "cnn" or "resnet20".
+      data: the set of images.
+      examples: that a training sees.
+      recipe: whether images are shifted and mirrored, and the rate falls to zero along half a cosine. Else it is
+        constant.
+      kinds: of methods.
+      rates: the grid of learning rates, equal for all kinds, by optimizer and batch size.
+    """
+
+    network: str
+    data: str
+    examples: int
+    recipe: bool
+    kinds: Sequence[str]
+    rates: Mapping[tuple[str, int], tuple[float, ...]]
+
+
+def steps_of_ten(low: float, high: float) -> tuple[float, ...]:
+    """Returns rates about a factor of 3 apart, 1 and 3 in every decade."""
+    every = [float(f"{digit}e{exponent}") for exponent in range(-5, 2) for digit in (1, 3)]
+    return tuple(rate for rate in every if low <= rate <= high)
+
+
+E8_CNN = {
+    ("Momentum", 128): steps_of_ten(0.01, 0.3),
+    ("Momentum", 32): steps_of_ten(0.003, 0.1),
+    ("Momentum", 4): steps_of_ten(0.0003, 0.1),
+    ("Momentum", 1): steps_of_ten(0.0001, 0.1),
+    ("Adam", 128): steps_of_ten(0.0003, 0.01),
+    ("Adam", 32): steps_of_ten(0.0003, 0.01),
+    ("Adam", 4): steps_of_ten(0.0001, 0.01),
+    ("Adam", 1): steps_of_ten(0.0001, 0.01),
+    ("Muon", 128): steps_of_ten(0.003, 0.1),
+    ("Muon", 32): steps_of_ten(0.003, 0.1),
+    ("Muon", 4): steps_of_ten(0.001, 0.03),
+    ("Muon", 1): steps_of_ten(0.0003, 0.03),
+}
+E8_MLP = {
+    ("Momentum", 60): steps_of_ten(0.003, 0.1),
+    ("Momentum", 6): steps_of_ten(0.0003, 0.1),
+    ("Momentum", 1): steps_of_ten(0.00003, 0.1),
+    ("Adam", 60): steps_of_ten(0.0001, 0.01),
+    ("Adam", 6): steps_of_ten(0.00003, 0.01),
+    ("Adam", 1): steps_of_ten(0.00001, 0.003),
+    ("Muon", 60): steps_of_ten(0.001, 0.03),
+    ("Muon", 6): steps_of_ten(0.0003, 0.03),
+    ("Muon", 1): steps_of_ten(0.0001, 0.03),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "BNP({}), prior_examples=None": {"prior_examples": None},
+    "BNP({}), prior_examples=16": {"prior_examples": 16},
+    "BNP({}), prior_examples=1024": {"prior_examples": 1024},
+    "BNP({}), decay=0.9": {"decay": 0.9},
+    "BNP({}), decay=0.999": {"decay": 0.999},
+    "BNP({}), eps_relative=1e-3": {"eps_relative": 1e-3},
+    "BNP({}), eps_relative=0.1": {"eps_relative": 0.1},
+}
+DEFAULTS = {
+    ("Adam", 128): (0.001, 0.003),
+    ("Adam", 4): (0.001, 0.003),
+    ("Muon", 128): (0.01, 0.03),
+    ("Muon", 4): (0.01, 0.03),
+}
+E9 = {(optimizer, size): E8_CNN[optimizer, size] for optimizer in OPTIMIZERS for size in (128, 4)}
+SETTINGS = {
+    "a quarter of an epoch": Setting("cnn", "cifar-10", EPOCH // 4, False, ("BNP({})", *OPTIONS), DEFAULTS),
+    "5-layer CNN": Setting("cnn", "cifar-10", EPOCH, False, KINDS, E8_CNN),
+    "fully connected 3x100": Setting("mlp", "cifar-10", EPOCH, False, KINDS, E8_MLP),
+    "5-layer CNN, ten epochs": Setting("cnn", "cifar-10", 450_000, True, HEADLINE, E9),
+}
+
+
+def make_optimizer(name: str, rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Returns an optimizer by its name.
+
+    Muon is on kernels, each a matrix, with Adam at a tenth of the rate on all else.
+    """
+    match name:
+        case "Momentum":
+            return optax.sgd(rate, MOMENTUM)
+        case "Adam":
+            return optax.adam(rate)
+
+    def rate_of_adam(step: jax.Array) -> Any:
+        return ADAM_FACTOR * (rate(step) if callable(rate) else rate)
+
+    return optax.contrib.muon(rate, adam_learning_rate=rate_of_adam, muon_weight_dimension_numbers=kernel_matrices)
+
+
+def kernel_matrices(params: optax.Params) -> Any:
+    """Returns how each kernel is a matrix of its inputs, those of a window included, and outputs; None for the rest."""
+
+    def as_matrix(leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        inputs = tuple(range(leaf.ndim - 1))
+        return optax.contrib.MuonDimensionNumbers(inputs, leaf.ndim - 1) if inputs else None
+
+    return jax.tree.map(as_matrix, params)
+
+
+def make_model(network: str, kind: str, steps: int) -> nn.Module:
+    """Returns a network, with the normalization layers of a kind of methods, for so many steps."""
+    normalization: models.Normalization = "bn" if kind.endswith("BN") else "gn" if kind.endswith("GN") else "none"
+    if kind.endswith("BRN"):
+        normalization = batch_renormalization(steps)
+    match network:
+        case "mlp":
+            return models.MLP(normalization, group_size=MLP_GROUP_SIZE)
+        case "cnn":
+            return models.CNN(normalization, group_size=GROUP_SIZE)
+    return models.resnet_20(normalization=normalization)
+
+
+def batch_renormalization(steps: int) -> Callable[[bool], nn.Module]:
+    """Returns Batch Renormalization, its limits widened in the first two fifths of the steps."""
+    limits = contrib.ramp(hold=steps // 20, r_end=steps * 2 // 5, d_end=steps // 4)
+    return lambda train: contrib_linen.BatchRenorm(
+        r_max=limits.r_max, d_max=limits.d_max, use_running_average=not train
+    )
+
+
+def method_names(kinds: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Returns the optimizer and the kind of every method, by its name."""
+    return {kind.format(name): (name, kind) for name in OPTIMIZERS for kind in kinds}
+
+
+def task(trial: Trial) -> trials.Task:
+    """Returns the training of a method."""
+    setting = SETTINGS[trial.setting]
+    name, kind = method_names(setting.kinds)[trial.method]
+    model = make_model(setting.network, kind, trial.steps)
+    in_variables, behind = kind.startswith("BNP"), kind.startswith("scale_by_bnp")
+
+    def optimizer(rate: Any, params: optax.Params, x: jax.Array) -> optax.GradientTransformationExtraArgs:
+        inner = make_optimizer(name, optax.cosine_decay_schedule(rate, trial.steps) if setting.recipe else rate)
+        if not (in_variables or behind):
+            return optax.with_extra_args_support(inner)
+        layers = bnp.linen.find_layers(model, x)
+        return (
+            bnp.preconditioned(inner, layers, **OPTIONS.get(kind, {}))
+            if in_variables
+            else optax.chain(bnp.scale_by_bnp(layers), inner)
+        )
+
+    training = trials.classifier(model, optimizer, records=in_variables or behind)
+    return training._replace(batches=augmented_epochs) if setting.recipe else training
+
+
+def augmented_epochs(trial: Trial, split: images.Split) -> Iterator[images.Split]:
+    """Yields batches without end: every image moved by up to 4 pixels either way, black coming in, half mirrored."""
+    rng = np.random.default_rng([trial.seed, 1])
+    around = ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0))
+    for batch in trials.epochs(trial, split):
+        n, height, width, _ = batch.images.shape
+        windows = np.lib.stride_tricks.sliding_window_view(np.pad(batch.images, around), (height, width), (1, 2))
+        top, left = rng.integers(0, 2 * PADDING + 1, (2, n))
+        moved = windows[np.arange(n), top, left].transpose(0, 2, 3, 1)
+        mirrored = rng.random((n, 1, 1, 1)) < 0.5
+        yield images.Split(np.where(mirrored, moved[:, :, ::-1], moved), batch.labels)
+
+
+def tuning(names: Sequence[str], quick: bool) -> list[Trial]:
+    """Returns a training by every method of the settings, with batches of every size, at every rate."""
+    return [
+        Trial(
+            "digits" if quick else setting.data,
+            name,
+            kind.format(optimizer),
+            batch_size,
+            rate,
+            QUICK_STEPS if quick else setting.examples // batch_size,
+            0,
+        )
+        for name, setting in ((name, SETTINGS[name]) for name in names)
+        for (optimizer, batch_size), rates in (QUICK_RATES if quick else setting.rates).items()
+        for kind in (setting.kinds[:2] if quick else setting.kinds)
+        for rate in rates
+    ]
+
+
+def report(name: str, outcomes: Sequence[trials.Outcome]) -> trials.Report:
+    """Returns the table of what every method reached."""
+    return {name: trials.accuracy_table(outcomes)}, {}
+
+
+EXPERIMENTS: dict[str, trials.Experiment] = {
+    name: trials.Experiment(functools.partial(tuning, settings), task, functools.partial(report, name))
+    for name, settings in {
+        "e8_defaults": ("a quarter of an epoch",),
+        "e8": ("5-layer CNN", "fully connected 3x100"),
+        "e9": ("5-layer CNN, ten epochs",),
+    }.items()
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the experiments and prints their tables."""
+    trials.main("Runs the experiments of other optimizers than SGD; continues earlier calls.", EXPERIMENTS, argv)
+
+
+if __name__ == "__main__":
+    main()

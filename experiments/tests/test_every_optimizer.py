@@ -1,0 +1,82 @@
+"""The experiments of Momentum, Adam and Muon: what their trainings are made of, and a short form of all."""
+
+import itertools
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import bnp_optax as bnp
+import images
+import optimizers
+import runs
+import trials
+from trials import Outcome, Trial
+
+ANY_TRIAL = Trial("digits", "5-layer CNN", "Adam", 16, 0.1, 20, 0)
+
+
+def test_augmented_images_are_the_images_moved_and_mirrored():
+    rng = np.random.default_rng(0)
+    split = images.Split(rng.integers(1, 256, (48, 6, 6, 2), np.uint8), np.arange(48))
+    stream = optimizers.augmented_epochs(ANY_TRIAL, split)
+    found = set()
+    for batch in itertools.islice(stream, 12):
+        for image, label in zip(batch.images, batch.labels, strict=True):
+            padded = np.pad(split.images[label], ((4, 4), (4, 4), (0, 0)))
+            candidates = {
+                (top, left, mirrored): padded[top : top + 6, left : left + 6][:, :: -1 if mirrored else 1]
+                for top, left, mirrored in itertools.product(range(9), range(9), (False, True))
+            }
+            matches = [move for move, candidate in candidates.items() if (candidate == image).all()]
+            assert len(matches) == 1
+            found.add(matches[0])
+    assert {top for top, _, _ in found} == {left for _, left, _ in found} == set(range(9))
+    assert {mirrored for *_, mirrored in found} == {False, True}
+    again = next(optimizers.augmented_epochs(ANY_TRIAL, split))
+    np.testing.assert_array_equal(again.images, next(optimizers.augmented_epochs(ANY_TRIAL, split)).images)
+
+
+@pytest.mark.parametrize("setting", optimizers.SETTINGS)
+def test_every_method_is_what_its_name_says(setting):
+    split = images.load("digits", Path()).train
+    names = optimizers.method_names(optimizers.SETTINGS[setting].kinds)
+    for method, (optimizer, kind) in names.items():
+        task = optimizers.task(Trial("digits", setting, method, 4, 0.0, 20, 0))
+        state = jax.eval_shape(task.init, jax.random.key(0), split.images[:1].astype(np.float32))
+        after, _ = jax.eval_shape(task.step, state, 0.1, split.images[:4].astype(np.float32), split.labels[:4])
+        assert jax.tree.map(lambda leaf: leaf.shape, after) == jax.tree.map(lambda leaf: leaf.shape, state)
+        assert bool(state.batch_stats) == kind.endswith(("BN", "BRN"))
+        assert any("norm" in name.lower() for name in state.params) == kind.endswith(("BN", "BRN", "GN"))
+        assert isinstance(state.opt_state, bnp.PreconditionedState) == kind.startswith("BNP")
+        assert len(jax.tree.leaves(state.opt_state)) > {"Momentum": 4, "Adam": 8, "Muon": 4}[optimizer]
+
+
+def test_grids_are_about_a_factor_of_three_apart_and_equal_for_all_methods():
+    assert optimizers.steps_of_ten(0.003, 0.3) == (0.003, 0.01, 0.03, 0.1, 0.3)
+    for name in ("e8", "e9"):
+        todo = optimizers.EXPERIMENTS[name].tuning(False)
+        by_cell = {}
+        for trial in todo:
+            optimizer = next(own for own in optimizers.OPTIMIZERS if own in trial.method)
+            cell = by_cell.setdefault((trial.setting, trial.batch_size, optimizer), {})
+            cell.setdefault(trial.method, []).append(trial.rate)
+        for methods in by_cell.values():
+            assert len({tuple(rates) for rates in methods.values()}) == 1
+            assert len(next(iter(methods.values()))) >= 4
+        examples = {trial.steps * trial.batch_size for trial in todo}
+        assert max(examples) - min(examples) < 128  # what fills no batch
+
+
+def test_a_short_form(tmp_path, capsys):
+    optimizers.main(["e9", "--quick", "--results", str(tmp_path), "--workers", "1"])
+    outcomes = runs.read_rows(tmp_path / "e9.csv", Outcome)
+    assert [(outcome.method, outcome.seed) for outcome in outcomes] == [
+        ("Adam", 0),
+        ("Adam + BN", 0),
+        ("Adam", 1),
+        ("Adam + BN", 1),
+    ]
+    assert "Adam + BN" in capsys.readouterr().out
+    assert trials.report(optimizers.EXPERIMENTS["e9"], outcomes, tmp_path)[0]["e9"].count("Adam") == 2
