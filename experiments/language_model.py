@@ -1,23 +1,22 @@
-"""A character-level transformer by SGD, Adam and Muon, each plain and in BNP's variables.
+"""A character-level transformer by SGD with momentum, Adam and Muon, each alone and in BNP's variables.
 
-A small causal language model, its blocks stacked by ``nn.scan``, learns Python's own documentation by three optimizers,
-each as it is and inside ``bnp_optax.preconditioned``. All take the same number of steps from the same parameters and on
-the same batches; an optimizer has one grid of learning rates for both. One half of the held-out text chooses the
-learning rate, the other gives the loss that is reported.
+A small causal language model, its blocks stacked by ``nn.scan``, learns Python's own documentation, with LayerNorms and
+without. The learning rate falls to zero along half a cosine. One run at each rate of an optimizer's grid, with seed 0,
+chooses the rate by its loss on one half of the held-out text; runs with other seeds at that rate read the other half.
 
 The text is what ``help("while")`` and its like print, English with code. It comes with Python, as the data of the
 standard library's ``pydoc_data.topics``, so nothing is downloaded; it varies a little between versions of Python.
-
-Run it with ``python experiments/language_model.py``; ``--help`` lists the options.
 """
 
 import argparse
-import csv
+import dataclasses
 import functools
-import itertools
-from collections.abc import Callable
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,37 +24,50 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-from matplotlib.figure import Figure
-from rich import box
-from rich import print as rich_print
-from rich.progress import Progress
-from rich.table import Table
 
 import bnp_optax as bnp
+import runs
+import sweeps
 
 BATCH_SIZE, LENGTH = 16, 64
 NUM_BLOCKS, NUM_HEADS, WIDTH = 2, 2, 32
-NUM_EVALUATIONS = 10  # along a run
-WORKING_MARGIN = 0.1  # nats per character
+STEPS, QUICK_STEPS = 3000, 40
+EVALUATIONS = 30  # along a run, evenly spaced
+SEEDS, QUICK_SEEDS = (1, 2, 3), (1,)
+NETWORKS = ("LayerNorm", "no normalization")
+RATES = {
+    "Momentum": (0.1, 0.3, 1.0, 3.0),
+    "Adam": (0.001, 0.003, 0.01, 0.03),
+    "Muon": (0.003, 0.01, 0.03, 0.1),
+}
 MUON_ADAM_FACTOR = 0.1  # of Adam's learning rate, for what is no kernel, by Muon's
-COLORS = {"SGD": "#555555", "Adam": "#E69F00", "Muon": "#0072B2"}
 
 State = tuple[optax.Params, optax.OptState]
 Splits = tuple[np.ndarray, np.ndarray, np.ndarray]  # training, validation, test
 
 
 class Block(nn.Module):
-    """Causal attention and a multilayer perceptron, each behind a LayerNorm and beside a residual connection."""
+    """Causal attention and a multilayer perceptron, each behind a LayerNorm and beside a residual connection.
+
+    Attributes:
+      num_heads: of the attention.
+      normalized: whether there are LayerNorms.
+    """
 
     num_heads: int
+    normalized: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         """Returns the activations for the next block, and None: it has no other output for `nn.scan` to stack."""
         attention = nn.MultiHeadDotProductAttention(self.num_heads, name="attention")
-        x = x + attention(nn.LayerNorm()(x), mask=nn.make_causal_mask(x[..., 0]))
-        hidden = nn.relu(nn.Dense(4 * x.shape[-1])(nn.LayerNorm()(x)))
+        x = x + attention(self.normalize(x), mask=nn.make_causal_mask(x[..., 0]))
+        hidden = nn.relu(nn.Dense(4 * x.shape[-1])(self.normalize(x)))
         return x + nn.Dense(x.shape[-1])(hidden), None
+
+    def normalize(self, x: jax.Array) -> Any:
+        """Applies a LayerNorm if there are any."""
+        return nn.LayerNorm()(x) if self.normalized else x
 
 
 class LanguageModel(nn.Module):
@@ -65,6 +77,7 @@ class LanguageModel(nn.Module):
     width: int = WIDTH
     num_heads: int = NUM_HEADS
     num_blocks: int = NUM_BLOCKS
+    normalized: bool = True
 
     @nn.compact
     def __call__(self, text: jax.Array) -> jax.Array:
@@ -75,8 +88,8 @@ class LanguageModel(nn.Module):
         stack = nn.scan(
             Block, variable_axes={"params": 0, "intermediates": 0}, split_rngs={"params": True}, length=self.num_blocks
         )
-        x, _ = stack(self.num_heads, name="blocks")(x)
-        return nn.Dense(self.num_characters, name="logits")(nn.LayerNorm()(x))
+        x, _ = stack(self.num_heads, self.normalized, name="blocks")(x)
+        return nn.Dense(self.num_characters, name="logits")(nn.LayerNorm()(x) if self.normalized else x)
 
 
 def make_data(steps: int, seed: int) -> tuple[int, Splits]:
@@ -114,42 +127,6 @@ def train_step(
     return optax.apply_updates(params, jax.tree.map(lambda update: rate * update, updates)), opt_state
 
 
-class Result(NamedTuple):
-    """Losses of one method, in nats per character."""
-
-    rates: list[float]
-    steps: np.ndarray  # after which a run was evaluated
-    curves: np.ndarray  # validation losses then, [evaluations, rates]
-    validation: np.ndarray  # the last of them, inf if a run diverged: ended no better than it began, [rates]
-    test: np.ndarray  # at the end, [rates]
-    best: int  # index of the learning rate with the lowest validation loss
-
-
-def train(
-    model: LanguageModel,
-    initial: optax.Params,
-    splits: Splits,
-    tx: optax.GradientTransformationExtraArgs,
-    rates: list[float],
-    advance: Callable[[int], None],
-) -> Result:
-    """Trains by one method, at one learning rate after another."""
-    training, validation, test = splits
-    steps = np.unique(np.linspace(0, len(training), NUM_EVALUATIONS + 1, dtype=int))
-    curves, test_losses = np.empty((len(steps) - 1, len(rates))), np.empty(len(rates))
-    for run, rate in enumerate(jnp.asarray(rates)):
-        state = initial, tx.init(initial)
-        for evaluation, (begin, end) in enumerate(itertools.pairwise(steps)):
-            for text in training[begin:end]:
-                state = train_step(model, tx, rate, state, text)
-            curves[evaluation, run], _ = loss_fn(model, state[0], validation)
-            advance(end - begin)
-        test_losses[run], _ = loss_fn(model, state[0], test)
-    before, _ = loss_fn(model, initial, validation)
-    final = np.where(curves[-1] < before, curves[-1], np.inf)
-    return Result(rates, steps[1:], curves, final, test_losses, int(final.argmin()))
-
-
 def kernel_matrices(params: optax.Params) -> Any:
     """Returns how each kernel is a matrix, or a stack of them, for Muon; None for what Adam is to train."""
 
@@ -168,106 +145,161 @@ def kernel_matrices(params: optax.Params) -> Any:
 
 # All multiply by the learning rate last. That is left to the step, so that it is compiled once for the whole grid.
 OPTIMIZERS = {
-    "SGD": optax.sgd(1.0, momentum=0.9),
+    "Momentum": optax.sgd(1.0, momentum=0.9),
     "Adam": optax.adam(1.0),
     "Muon": optax.contrib.muon(1.0, adam_learning_rate=MUON_ADAM_FACTOR, muon_weight_dimension_numbers=kernel_matrices),
 }
+METHODS = {kind.format(name): name for name in OPTIMIZERS for kind in ("{}", "BNP({})")}  # of which optimizer
 
 
-def make_table(name: str, results: dict[str, Result]) -> Table:
-    """Tabulates the methods that end in one optimizer, and so share a grid of learning rates."""
-    title = f"Loss with {name} (nats per character)"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for header in ("method", *(f"{rate:g}" for rate in results[name].rates), "works", "best", "test"):
-        table.add_column(header, justify="left" if header == "method" else "right", no_wrap=True)
-    for method, (rates, _, _, losses, test, best) in results.items():
-        works = np.isfinite(losses) & (losses <= losses[best] + WORKING_MARGIN)
-        cells = (f"[{'bold' if good else 'dim'}]{x:.3f}[/]" for x, good in zip(losses, works, strict=True))
-        table.add_row(method, *cells, f"{works.sum()} of {len(rates)}", f"{rates[best]:g}", f"{test[best]:.3f}")
-    return table
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """Everything that determines a training.
+
+    Attributes:
+      network: one of ``NETWORKS``.
+      method: one of ``METHODS``.
+      rate: the learning rate at the start.
+      steps: how many, of 16 texts of 64 characters.
+      seed: of the initial parameters and the batches; 0 is for choosing the rate, and does not read the test text.
+    """
+
+    network: str
+    method: str
+    rate: float
+    steps: int
+    seed: int
 
 
-def save(path: Path, results: dict[str, Result], steps: int, seed: int) -> None:
-    """Writes a CSV file with a row a method and learning rate."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["method", "steps", "seed", "rate", "validation", "test"])
-        for method, result in results.items():
-            for rate, *losses in zip(result.rates, result.validation, result.test, strict=True):
-                writer.writerow([method, steps, seed, rate, *(f"{loss:.4f}" for loss in losses)])
+@dataclasses.dataclass(frozen=True)
+class Outcome(Trial):
+    """What came out of a training.
+
+    Attributes:
+      commit: of the code.
+      milliseconds: of a step, the median of those between two evaluations, without them.
+      curve: validation losses in nats per character, evenly spaced over the steps, between blanks.
+      test: the loss at the end; nan where the test text was not read.
+    """
+
+    commit: str
+    milliseconds: float
+    curve: str
+    test: float
+
+    @property
+    def trial(self) -> Trial:
+        """The training."""
+        return Trial(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Trial)})
+
+    @property
+    def validation(self) -> np.ndarray:
+        """The validation losses; infinite where they were not finite."""
+        losses = np.array(self.curve.split(), float)
+        return np.where(np.isfinite(losses), losses, np.inf)
 
 
-def make_figure(results: dict[str, Result]) -> Figure:
-    """Draws the validation loss along training, for each method at its best learning rate."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for method, result in results.items():
-        label = f"{method}, rate {result.rates[result.best]:g}"
-        name = next(name for name in COLORS if name in method)
-        style = "-" if method.startswith("BNP") else ":"
-        curve = result.curves[:, result.best]
-        axes.plot(result.steps, curve, f"o{style}", color=COLORS[name], markersize=4, label=label)
-    axes.set(xlabel="steps", ylabel="validation loss (nats per character)")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    return figure
+@functools.cache
+def make_program(network: str, method: str, num_characters: int) -> tuple[LanguageModel, Any]:
+    """Returns a network, and the optimizer of a method for it."""
+    model, optimizer = LanguageModel(num_characters, normalized=network == "LayerNorm"), OPTIMIZERS[METHODS[method]]
+    if method in OPTIMIZERS:
+        return model, optax.with_extra_args_support(optimizer)  # takes the records and ignores them
+    layers = bnp.linen.find_layers(model, jnp.zeros((1, LENGTH), int))
+    # Examples are batches of whole texts: 16 in a step would be divided by the root of 8 under the default scaling.
+    return model, bnp.preconditioned(optimizer, layers, scaling="none")
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Trains a small transformer on Python's documentation with SGD, Adam and Muon, plain and with BNP.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def train(trial: Trial, advance: Callable[[int], None] = lambda _: None) -> Outcome:
+    """Runs one training; ``advance`` is called with the number of steps since its last call."""
+    num_characters, (training, validation, test) = make_data(trial.steps, trial.seed)
+    model, tx = make_program(trial.network, trial.method, num_characters)
+    params = jax.jit(model.init)(jax.random.key(trial.seed), training[0, :1, :-1])["params"]
+    state = params, jax.jit(tx.init)(params)
+    rates = trial.rate * (1 + np.cos(np.pi * np.arange(trial.steps) / trial.steps)) / 2
+    jax.block_until_ready(train_step(model, tx, jnp.float32(0), state, training[0]))  # compiles it
+    curve, seconds = [], []
+    for part in np.array_split(np.arange(trial.steps), EVALUATIONS):
+        start = time.perf_counter()
+        for step in part:
+            state = train_step(model, tx, jnp.float32(rates[step]), state, training[step])
+        jax.block_until_ready(state)
+        seconds.append((time.perf_counter() - start) / max(len(part), 1))
+        curve.append(float(loss_fn(model, state[0], validation)[0]))
+        advance(len(part))
+    return Outcome(
+        **dataclasses.asdict(trial),
+        commit=runs.commit(),
+        milliseconds=round(1000 * float(np.median(seconds)), 3),
+        curve=" ".join(f"{loss:.4f}" for loss in curve),
+        test=float(loss_fn(model, state[0], test)[0]) if trial.seed else math.nan,
     )
-    option, sgd_rates, adam_rates = parser.add_argument, [0.003, 0.01, 0.03, 0.1, 0.3], [0.001, 0.003, 0.01, 0.03, 0.1]
-    option("--steps", type=int, default=500, metavar="N", help=f"steps a run, of {BATCH_SIZE} x {LENGTH} characters")
-    option("--sgd-rates", nargs="+", type=float, default=sgd_rates, metavar="RATE", help="learning rates of SGD")
-    option("--adam-rates", nargs="+", type=float, default=adam_rates, metavar="RATE", help="learning rates of Adam")
-    option("--muon-rates", nargs="+", type=float, default=adam_rates, metavar="RATE", help="learning rates of Muon")
-    option("--seed", type=int, default=0, metavar="N", help="of the initial parameters and the batches")
-    option("--csv", type=Path, metavar="CSV", help="file for the losses at every learning rate")
-    option("--output", type=Path, default=Path("transformer.png"), metavar="PNG", help="picture of the training curves")
+
+
+def best_rate(tuning: Sequence[Outcome]) -> float:
+    """Returns the learning rate with the lowest validation loss at the end; of equal ones the lowest."""
+    return min(tuning, key=lambda outcome: (outcome.validation[-1], outcome.rate)).rate
+
+
+def cells(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
+    """Groups outcomes by network and method."""
+    grouped: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        grouped.setdefault((outcome.network, outcome.method), []).append(outcome)
+    return grouped
+
+
+def run(output: Path, quick: bool = False, workers: int = 1) -> list[Outcome]:
+    """Runs what has no row in the CSV file yet: every rate, then the other seeds at the best.
+
+    Args:
+      output: the CSV file.
+      quick: a short form.
+      workers: processes that share the cores.
+
+    Returns:
+      All outcomes.
+    """
+
+    def sweep(todo: list[Trial]) -> list[Outcome]:
+        return sweeps.sweep(
+            todo,
+            train,
+            {outcome.trial: outcome for outcome in runs.read_rows(output, Outcome)},
+            lambda outcome: runs.append_rows(output, [outcome]),
+            title=output.stem,
+            size=lambda trial: trial.steps,
+            workers=workers,
+        )
+
+    steps, seeds = (QUICK_STEPS, QUICK_SEEDS) if quick else (STEPS, SEEDS)
+    tuning = sweep(
+        [
+            Trial(network, method, rate, steps, 0)
+            for network in (NETWORKS[:1] if quick else NETWORKS)
+            for method, name in METHODS.items()
+            if not quick or name == "Adam"
+            for rate in (RATES[name][1:2] if quick else RATES[name])
+        ]
+    )
+    final = [
+        Trial(network, method, best_rate(own), steps, seed)
+        for (network, method), own in cells(tuning).items()
+        for seed in seeds
+    ]
+    return tuning + sweep(final)
+
+
+def main(argv: list[str] | None = None) -> list[Outcome]:
+    """Runs all trainings; returns their outcomes."""
+    parser = argparse.ArgumentParser(description="Trains a small transformer on Python's documentation.")
+    option = parser.add_argument
+    option("--results", type=Path, default=runs.RESULTS, metavar="DIR", help="folder of the CSV file")
+    option("--quick", action="store_true", help="a short form")
+    cpu = jax.default_backend() == "cpu"
+    option("--workers", type=int, default=os.cpu_count() if cpu else 1, metavar="N", help="processes (one a core)")
     args = parser.parse_args(argv)
-    if args.steps < 1 or not 0 <= args.seed < 2**32:
-        parser.error("--steps must be at least 1, and --seed lie between 0 and 2**32 - 1")
-    if not all(0 < rate < float("inf") for rate in (*args.sgd_rates, *args.adam_rates, *args.muon_rates)):
-        parser.error("--sgd-rates, --adam-rates and --muon-rates must be positive and finite")
-    if args.output.suffix != ".png" or not args.output.parent.is_dir():
-        parser.error("--output must be a .png file in a directory that exists")
-    return args
-
-
-def main(argv: list[str] | None = None) -> dict[str, Result]:
-    """Trains by every method, prints the tables and saves the picture; returns the losses of each method."""
-    args = parse_args(argv)
-    num_characters, splits = make_data(args.steps, args.seed)
-    model, example = LanguageModel(num_characters), jnp.zeros((1, LENGTH), int)
-    initial = jax.jit(model.init)(jax.random.key(args.seed), example)["params"]
-    layers = bnp.linen.find_layers(model, example)
-    print(layers, end="\n\n")
-    rates = {"SGD": args.sgd_rates, "Adam": args.adam_rates, "Muon": args.muon_rates}
-    methods = {}
-    for name, optimizer in OPTIMIZERS.items():
-        methods[name] = name, optax.with_extra_args_support(optimizer)  # takes the records and ignores them
-        # Examples are batches of whole texts: 16 in a step would be divided by the root of 8 under the default scaling.
-        methods[f"BNP({name})"] = name, bnp.preconditioned(optimizer, layers, scaling="none")
-    results: dict[str, Result] = {}
-    with Progress() as progress:
-        task = progress.add_task("", total=2 * args.steps * sum(map(len, rates.values())))
-        advance = functools.partial(progress.advance, task)
-        for method, (name, tx) in methods.items():
-            progress.update(task, description=method)
-            results[method] = train(model, initial, splits, tx, rates[name], advance)
-    for name in OPTIMIZERS:
-        rich_print(make_table(name, {method: results[method] for method in (name, f"BNP({name})")}))
-    rich_print(
-        "Under each learning rate: validation loss at the end; inf: diverged (ended no better than it began). "
-        f"works: learning rates within {WORKING_MARGIN} of the method's best. test: at that best rate."
-    )
-    if args.csv:
-        save(args.csv, results, args.steps, args.seed)
-    make_figure(results).savefig(args.output, dpi=150)
-    rich_print(f"Training curves: {args.output}")
-    return results
+    return run(args.results / "e7.csv", args.quick, args.workers)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,48 @@
-"""The comparison on a language model, in a short form."""
+"""The trainings of the language model, in a short form."""
 
+import jax
 import numpy as np
 
 import language_model
+import runs
+from language_model import Outcome, Trial
 
 
-def test_language_model(tmp_path, capsys):
-    picture, losses = tmp_path / "transformer.png", tmp_path / "losses.csv"
-    arguments = ["--steps", "20", "--sgd-rates", "0.1", "--adam-rates", "0.01", "--muon-rates", "0.1"]
-    arguments += ["--output", str(picture), "--csv", str(losses)]
+def test_a_short_form_continues_where_it_stopped(tmp_path):
+    arguments = ["--quick", "--results", str(tmp_path), "--workers", "1"]
+    outcomes = language_model.main(arguments)
+    assert [(outcome.method, outcome.seed) for outcome in outcomes] == [
+        ("Adam", 0),
+        ("BNP(Adam)", 0),
+        ("Adam", 1),
+        ("BNP(Adam)", 1),
+    ]
     num_characters, _ = language_model.make_data(steps=1, seed=0)
-    results = language_model.main(arguments)
-    assert list(results) == ["SGD", "BNP(SGD)", "Adam", "BNP(Adam)", "Muon", "BNP(Muon)"]
-    for result in results.values():
-        assert 1 < result.test < np.log(num_characters)  # what a guess costs
-    assert picture.exists()
-    assert [row.split(",")[0] for row in losses.read_text().splitlines()] == ["method", *results]
-    assert "nats per character" in capsys.readouterr().out
+    for outcome in outcomes:
+        assert len(outcome.validation) == language_model.EVALUATIONS
+        assert 1 < outcome.validation[-1] < outcome.validation[0] < np.log(num_characters) + 1  # what a guess costs
+        assert np.isnan(outcome.test) == (outcome.seed == 0)
+        assert outcome.milliseconds > 0
+    before = (tmp_path / "e7.csv").read_text()
+    again = language_model.main(arguments)
+    assert (tmp_path / "e7.csv").read_text() == before
+    assert [outcome.trial for outcome in again] == [outcome.trial for outcome in outcomes]
+    assert runs.read_rows(tmp_path / "e7.csv", Outcome)[0].curve == outcomes[0].curve
+
+
+def test_the_best_rate_is_that_of_the_lowest_finite_loss():
+    def outcome(rate, curve):
+        return Outcome("LayerNorm", "Adam", rate, 3, 0, "abc", 1.0, curve, np.nan)
+
+    tuning = [outcome(0.3, "3.0 2.0"), outcome(0.1, "3.0 2.0"), outcome(0.03, "3.0 2.5"), outcome(1.0, "1.0 nan")]
+    assert language_model.best_rate(tuning) == 0.1
+    assert tuning[-1].validation[-1] == np.inf
+    assert tuning[0].trial == Trial("LayerNorm", "Adam", 0.3, 3, 0)
+
+
+def test_without_normalization_the_network_has_none():
+    for normalized in (True, False):
+        model = language_model.LanguageModel(30, normalized=normalized)
+        params = model.init(jax.random.key(0), np.zeros((1, 8), int))["params"]
+        names = {*params, *params["blocks"]}
+        assert any("LayerNorm" in name for name in names) == normalized
