@@ -60,9 +60,11 @@ def show_errors_as_accuracies(panel: Axes) -> None:
     panel.set(yscale="log")
     low, high = panel.get_ylim()
     panel.set_ylim(high, low)
-    ticks = [error for error in (1, 2, 3, 4, 6, 10, 20, 40, 50, 60, 90) if low <= error <= high]
+    ticks = [error for error in (1, 2, 3, 4, 6, 10, 20, 40, 60, 90) if low <= error <= high]
     panel.set_yticks(ticks, labels=[str(100 - error) for error in ticks])
     panel.minorticks_off()
+    if label := panel.get_ylabel():
+        panel.set_ylabel(f"{label}, logarithmic in the error")
 
 
 def add_legend(figure: Figure, axes: Sequence[Axes]) -> Figure:

@@ -1,0 +1,224 @@
+"""Draws the figures of the experiments with other optimizers than SGD, and writes their tables into the pages.
+
+Everything comes from the CSV files that ``optimizers.py`` and ``language_model.py`` wrote.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import figures
+import language_model
+import optimizers
+import runs
+import tables
+import trials
+from trials import Outcome
+
+HEADERS = {
+    "{}": "alone",
+    "{} + BN": "with BN",
+    "{} + BRN": "with Batch Renorm.",
+    "{} + GN": "with GN",
+    "scale_by_bnp, {}": "behind scale_by_bnp",
+    "BNP({})": "in BNP's variables",
+}
+STYLES: dict[str, dict[str, Any]] = {
+    "{}": {"color": "#555555", "marker": "s"},
+    "{} + BN": {"color": "#E69F00", "marker": "^"},
+    "{} + BRN": {"color": "#D55E00", "marker": "<"},
+    "{} + GN": {"color": "#009E73", "marker": "v"},
+    "scale_by_bnp, {}": {"color": "#56B4E9", "marker": "x", "linestyle": "--"},
+    "BNP({})": {"color": "#0072B2", "marker": "o"},
+}
+LOWEST = 40.0  # percent, where the axes of accuracies begin
+
+
+def final_accuracies(outcomes: Sequence[Outcome]) -> dict[trials.Cell, np.ndarray]:
+    """Returns the test accuracies in percent of the seeds at the best rate, by cell; what diverged guesses."""
+    found = {}
+    for cell, own in trials.by_cell(outcomes).items():
+        rate = trials.best([outcome for outcome in own if outcome.seed == 0]).rate
+        final = [outcome for outcome in own if outcome.seed and outcome.rate == rate]
+        if final:
+            found[cell] = np.array([tables.CHANCE if own.diverged else own.test_accuracy for own in final])
+    return found
+
+
+def summary_table(outcomes: Sequence[Outcome]) -> str:
+    """Returns mean test accuracies, a row a network, optimizer and batch size, a column a kind of method.
+
+    The highest of a row is bold.
+    """
+    found = final_accuracies(outcomes)
+    kinds = [
+        kind for kind in HEADERS if any(kind.format(name) in cell for cell in found for name in optimizers.OPTIMIZERS)
+    ]
+    rows = []
+    for data, setting, name, batch_size in dict.fromkeys(
+        (data, setting, name, batch_size)
+        for data, setting, batch_size, method in found
+        for name in optimizers.OPTIMIZERS
+        if name in method
+    ):
+        means = {
+            kind: found[cell].mean()
+            for kind in kinds
+            if (cell := (data, setting, batch_size, kind.format(name))) in found
+        }
+        highest = max(f"{mean:.1f}" for mean in means.values())
+        texts = [f"{means[kind]:.1f}" if kind in means else "" for kind in kinds]
+        network = f"{tables.DATA_NAMES[data]}, {setting}"
+        rows.append([network, name, str(batch_size), *(f"**{text}**" if text == highest else text for text in texts)])
+    return tables.markdown(["network", "optimizer", "batch", *(HEADERS[kind] for kind in kinds)], rows)
+
+
+def by_batch_size(outcomes: Sequence[Outcome], setting: str) -> Figure:
+    """Draws test accuracy against batch size, a panel an optimizer: mean and range of the seeds."""
+    found = {cell: tests for cell, tests in final_accuracies(outcomes).items() if cell[1] == setting}
+    sizes = sorted({size for _, _, size, _ in found}, reverse=True)
+    figure, axes = figures.panels(optimizers.OPTIMIZERS, len(optimizers.OPTIMIZERS), "test accuracy (%)", sharey=True)
+    for panel, name in zip(axes, optimizers.OPTIMIZERS, strict=True):
+        for kind, style in STYLES.items():
+            own = {size: tests for (_, _, size, method), tests in found.items() if method == kind.format(name)}
+            if own:
+                draw_over_sizes(panel, [sizes.index(size) for size in own], list(own.values()), HEADERS[kind], style)
+        panel.set_xticks(range(len(sizes)), labels=[str(size) for size in sizes])
+        panel.set_xlabel("batch size")
+        panel.set_ylim(bottom=LOWEST)
+    return figures.add_legend(figure, axes)
+
+
+def draw_over_sizes(
+    panel: Axes, places: Sequence[int], tests: Sequence[np.ndarray], label: str, style: dict[str, Any]
+) -> None:
+    """Draws a line through the means and a band of the ranges; what falls below the axis is said in words."""
+    means = [own.mean() for own in tests]
+    panel.plot(places, means, label=label, markersize=4, **style)
+    panel.fill_between(
+        places,
+        [own.min() for own in tests],
+        [own.max() for own in tests],
+        color=style["color"],
+        alpha=0.2,
+        linewidth=0,
+    )
+    for place, mean in zip(places, means, strict=True):
+        if mean < LOWEST:
+            panel.annotate(
+                f"{mean:.0f}", (place, LOWEST), (0, 3), textcoords="offset points", color=style["color"], ha="right"
+            )
+
+
+def make(results: Path) -> trials.Report:
+    """Returns the tables and the figures, by name, of the CSV files of a folder.
+
+    Raises:
+      ValueError: if the folder holds none of them.
+    """
+    texts, drawn = trials.report_all(optimizers.EXPERIMENTS, results)
+    if rows := runs.read_rows(results / "e8.csv", Outcome):
+        texts["every_optimizer"] = summary_table(rows)
+        drawn["every_optimizer"] = by_batch_size(rows, "5-layer CNN")
+    if losses := runs.read_rows(results / "e7.csv", language_model.Outcome):
+        texts["e7"], drawn["e7"] = language_model_table(losses), along_training(losses)
+    return texts, drawn
+
+
+def language_model_table(outcomes: Sequence[language_model.Outcome]) -> str:
+    """Returns what every method reached, and after which part of steps and time where the optimizer alone ended.
+
+    The parts are those of a whole training, mean and range of the seeds; "never" is said where one did not get there.
+    """
+    cells = language_model.cells(outcomes)
+    rows = []
+    for (network, method), own in cells.items():
+        tuning = [outcome for outcome in own if not outcome.seed]
+        rate, steps = language_model.best_rate(tuning), tuning[0].steps
+        final = {o.seed: o for o in own if o.seed and (o.rate, o.steps) == (rate, steps)}
+        if not final:
+            continue
+        tests, ends = (
+            np.array(values) for values in zip(*((o.test, o.validation[-1]) for o in final.values()), strict=True)
+        )
+        milliseconds = np.median([outcome.milliseconds for outcome in final.values()])
+        grid = sorted(outcome.rate for outcome in tuning)
+        edge = " (edge of the grid)" if rate in (grid[0], grid[-1]) else ""
+        row = [network, method, f"{rate:g}{edge}", f"{ends.mean():.3f}", f"{tests.mean():.3f}"]
+        row += [f"{tests.min():.3f} to {tests.max():.3f}", f"{milliseconds:.1f}"]
+        alone = language_model.METHODS[method]
+        if alone == method:
+            rows.append([*row, "", "", ""])
+            continue
+        of_alone = cells[network, alone]
+        alone_rate = language_model.best_rate([o for o in of_alone if not o.seed])
+        targets = {o.seed: o for o in of_alone if o.seed and o.rate == alone_rate}
+        parts = np.array([part_of_steps(final[seed].validation, targets[seed].validation[-1]) for seed in final])
+        time_ratio = milliseconds / np.median([target.milliseconds for target in targets.values()])
+        shorter = [o for o in own if o.seed and o.steps != steps]
+        end = np.mean([o.validation[-1] for o in shorter]) if shorter else np.nan
+        rows.append([*row, part_text(parts), part_text(parts * time_ratio), f"{end:.3f}" if shorter else ""])
+    header = ["network", "method", "rate", "validation loss", "test loss", "range", "ms a step", "steps", "time"]
+    return tables.markdown([*header, f"validation loss, {language_model.SHORTER_STEPS:,} steps"], rows)
+
+
+def part_of_steps(curve: np.ndarray, target: float) -> float:
+    """Returns after which part of a training its loss is at the target, between two evaluations by interpolation."""
+    reached = np.flatnonzero(curve <= target)
+    if not len(reached):
+        return np.inf
+    after = int(reached[0])
+    if after == 0:
+        return 1 / len(curve)
+    share = (curve[after - 1] - target) / (curve[after - 1] - curve[after])
+    return float((after + share) / len(curve))
+
+
+def part_text(parts: np.ndarray) -> str:
+    """Returns mean and range of parts as text."""
+    if not np.isfinite(parts).all():
+        return "never" if not np.isfinite(parts).any() else f"never in {np.isinf(parts).sum()} of {len(parts)}"
+    return f"{parts.mean():.2f} ({parts.min():.2f} to {parts.max():.2f})"
+
+
+def along_training(outcomes: Sequence[language_model.Outcome]) -> Figure:
+    """Draws validation loss against steps and against seconds, a row a network: mean and range of the seeds."""
+    networks = list(dict.fromkeys(outcome.network for outcome in outcomes))
+    colors = dict(zip(language_model.OPTIMIZERS, ("#555555", "#E69F00", "#0072B2"), strict=True))
+    figure, axes = figures.panels(
+        [name for name in networks for _ in range(2)], 2, "validation loss (nats a character)"
+    )
+    for number, network in enumerate(networks):
+        for method, name in language_model.METHODS.items():
+            own = [o for o in outcomes if (o.network, o.method) == (network, method)]
+            tuning = [outcome for outcome in own if not outcome.seed]
+            final = [
+                o for o in own if o.seed and o.steps == tuning[0].steps and o.rate == language_model.best_rate(tuning)
+            ]
+            if not final:
+                continue
+            curves = np.array([outcome.validation for outcome in final])
+            steps = (np.arange(curves.shape[1]) + 1) * final[0].steps / curves.shape[1]
+            seconds = steps * np.median([outcome.milliseconds for outcome in final]) / 1000
+            for panel, x, unit in zip(
+                axes[2 * number :], (steps, seconds), ("steps", "seconds of training"), strict=False
+            ):
+                style = "-" if method != name else ":"
+                panel.plot(x, curves.mean(0), style, color=colors[name], label=method)
+                panel.fill_between(x, curves.min(0), curves.max(0), color=colors[name], alpha=0.2, linewidth=0)
+                panel.set(xlabel=unit)
+                panel.set_ylim(top=2.6)
+    return figures.add_legend(figure, axes)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draws the figures of the experiments and fills their tables."""
+    figures.publish("Draws the figures and writes the tables of other optimizers from their CSV files.", make, argv)
+
+
+if __name__ == "__main__":
+    main()
