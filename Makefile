@@ -4,7 +4,7 @@ READY := .venv/ready
 DATA_DIR ?= data
 RESULTS ?= $(if $(QUICK),quick-results,experiments/results)
 
-.PHONY: demo test check-experiments lint paper methods figures benchmark clean
+.PHONY: demo test check-experiments lint paper methods optimizers figures benchmark clean
 
 demo: $(READY)  ## Train on handwritten digits with SGD, BatchNorm and BNP (ARGS=--help explains the options).
 	$(BIN)/python experiments/digits.py $(ARGS)
@@ -28,9 +28,14 @@ methods: $(READY)  ## Run the experiments of the other methods on the files in D
 	$(BIN)/python experiments/methods.py --data-dir $(DATA_DIR) --results $(RESULTS) $(if $(QUICK),--quick) $(ARGS)
 	$(BIN)/python experiments/methods_report.py --results $(RESULTS)
 
+optimizers: $(READY)  ## Run the experiments with Momentum, Adam and Muon on the files in DATA_DIR; QUICK=1: a short form.
+	$(BIN)/python experiments/optimizers.py --data-dir $(DATA_DIR) --results $(RESULTS) $(if $(QUICK),--quick) $(ARGS)
+	$(BIN)/python experiments/optimizers_report.py --results $(RESULTS)
+
 figures: $(READY)  ## Draw the figures and write the tables of the pages from the CSV files.
 	$(BIN)/python experiments/figures.py --pages README.md experiments/results/README.md
 	$(BIN)/python experiments/methods_report.py --pages experiments/results/methods.md
+	$(BIN)/python experiments/optimizers_report.py --pages README.md experiments/results/optimizers.md
 	$(BIN)/python experiments/report.py --pages docs/performance.md
 
 benchmark: $(READY)  ## Measure steps of SGD, BNP and its peers (ARGS=--help explains the options), and compiling them.

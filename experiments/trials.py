@@ -180,6 +180,7 @@ class Experiment(NamedTuple):
       also: ``(folder of the results, folder of the data, quick)``: measures what is no training, after all of these,
         and adds it to a CSV file of its own in the folder.
       also_report: ``(all outcomes, folder of the results)``: makes tables and figures of that file.
+      final: whether the other seeds read the test images at the best rates.
     """
 
     tuning: Callable[[bool], list[Trial]]
@@ -188,6 +189,7 @@ class Experiment(NamedTuple):
     further: Callable[[bool], list[Trial]] = lambda quick: []
     also: Callable[[Path, Path, bool], None] = lambda results, data_dir, quick: None
     also_report: Callable[[Sequence[Outcome], Path], Report] = lambda outcomes, results: ({}, {})
+    final: bool = True
 
 
 @functools.cache
@@ -281,7 +283,7 @@ def run(experiment: Experiment, output: Path, data_dir: Path, quick: bool = Fals
             workers=workers,
         )
 
-    seeds = QUICK_SEEDS if quick else SEEDS
+    seeds = () if not experiment.final else QUICK_SEEDS if quick else SEEDS
     tuning = sweep(experiment.tuning(quick))
     final = [dataclasses.replace(best(own).trial, seed=seed) for own in by_cell(tuning).values() for seed in seeds]
     outcomes = tuning + sweep(list(dict.fromkeys([*final, *experiment.further(quick)])))
@@ -391,6 +393,19 @@ def accuracy_table(outcomes: Sequence[Outcome]) -> str:
         )
     header = ["data", "setting", "batch", "method", "test accuracy", "range", "train loss", "rate", "window"]
     return tables.markdown([*header, "diverged"], rows)
+
+
+def validation_table(outcomes: Sequence[Outcome]) -> str:
+    """Returns a row a cell: validation accuracy at every rate, with seed 0; the highest of a row is bold."""
+    tuning = [outcome for outcome in outcomes if outcome.seed == 0]
+    rates = sorted({outcome.rate for outcome in tuning})
+    rows = []
+    for (data, setting, batch_size, method), own in by_cell(tuning).items():
+        texts = {o.rate: f"{tables.CHANCE if o.diverged else o.validation_accuracy:.1f}" for o in own}
+        texts[best(own).rate] = f"**{texts[best(own).rate]}**"
+        row = [tables.DATA_NAMES[data], setting, str(batch_size), method]
+        rows.append([*row, *(texts.get(rate, "") for rate in rates)])
+    return tables.markdown(["data", "setting", "batch", "method", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def window(tuning: Sequence[Outcome], margin: float = 1.0) -> tuple[float, float]:

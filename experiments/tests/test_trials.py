@@ -231,3 +231,20 @@ def test_what_is_measured_beside_the_trainings(tmp_path):
     texts, drawn = trials.report(experiment, outcomes, tmp_path)
     assert (texts["more"], set(texts), set(drawn)) == (f"{len(outcomes)} more", {"table", "more"}, {"drawn"})
     assert trials.report(EXPERIMENT, outcomes, tmp_path)[0] == report(outcomes)[0]
+
+
+def test_the_validation_table_has_a_column_a_rate():
+    outcomes = [make_outcome(0.1, 90.0), make_outcome(0.3, 91.0), make_outcome(0.3, 95.0, seed=1)]
+    outcomes += [make_outcome(0.1, 80.0, method="BN"), make_outcome(1.0, 90.0, math.nan, method="BN")]
+    lines = trials.validation_table(outcomes).splitlines()
+    assert lines[0] == "| data | setting | batch | method | 0.1 | 0.3 | 1 |"
+    assert lines[2:] == [
+        "| digits | linear | 32 | SGD | 90.0 | **91.0** |  |",
+        "| digits | linear | 32 | BN | **80.0** |  | 10.0 |",
+    ]
+
+
+def test_an_experiment_may_leave_the_test_images_unread(tmp_path):
+    outcomes = trials.run(EXPERIMENT._replace(final=False), tmp_path / "a.csv", Path(), quick=True)
+    assert {outcome.seed for outcome in outcomes} == {0}
+    assert len(outcomes) == len(tuning(True))
