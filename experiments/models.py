@@ -9,8 +9,11 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
+import optax
+import optax.contrib
 
-Normalization = Literal["bn", "gn", "ln", "none"] | Callable[[bool], nn.Module]  # of whether it is trained
+# Or a function of whether it is trained, which returns what is applied.
+Normalization = Literal["bn", "gn", "ln", "none"] | Callable[[bool], Callable[[jax.Array], Any]]
 
 he_normal = nn.initializers.he_normal()
 
@@ -143,3 +146,13 @@ def resnet_20(**attributes: Any) -> ResNet:
 def resnet_110(**attributes: Any) -> ResNet:
     """Returns the pre-activation network of 110 layers for images of 32x32 pixels."""
     return ResNet(blocks=(18, 18, 18), width=16, **attributes)
+
+
+def kernel_matrices(params: optax.Params) -> Any:
+    """Returns how each kernel is, for Muon, a matrix of its inputs, those of a window included, and outputs."""
+
+    def as_matrix(leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        inputs = tuple(range(leaf.ndim - 1))
+        return optax.contrib.MuonDimensionNumbers(inputs, leaf.ndim - 1) if inputs else None
+
+    return jax.tree.map(as_matrix, params)

@@ -3,6 +3,9 @@
 * ``e8_defaults``: the options of ``preconditioned``, one changed at a time, in a quarter of an epoch.
 * ``e8``: one epoch at a constant rate, convolutional and fully connected networks, batches down to one example.
 * ``e9``: ten epochs of augmented images at a rate that falls along a cosine.
+* ``e10``: one epoch of a second set of images.
+* ``e11``: one epoch in large batches.
+* ``e3_resnet20``: a residual network of 20 layers, five epochs of augmented images at a falling rate.
 
 ``optimizers_report.py`` draws the figures and writes the tables of what comes out.
 """
@@ -28,10 +31,12 @@ from trials import Trial
 MOMENTUM = 0.9
 ADAM_FACTOR = 0.1  # of Adam's learning rate, for what is no kernel, by Muon's
 GROUP_SIZE, MLP_GROUP_SIZE = 8, 10  # of GN: channels, units
+RUNNING_MOMENTUM = 0.9  # of BN's running statistics: better than Flax's 0.99 at every batch size, see "e8_defaults"
 EPOCH = 51_200  # examples, about those of CIFAR-10 and of MNIST
 OPTIMIZERS = ("Momentum", "Adam", "Muon")
 KINDS = ("{}", "{} + BN", "{} + BRN", "{} + GN", "scale_by_bnp, {}", "BNP({})")  # of methods, with an optimizer's name
 HEADLINE = ("{}", "{} + BN", "BNP({})")
+RESIDUAL = ("{} + BN", "{} + GN", "BNP({})", "BNP({}) + GN")
 PADDING = 4  # pixels around an augmented image
 QUICK_STEPS, QUICK_RATES = 20, {("Adam", 32): (0.003,)}
 
@@ -97,18 +102,36 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "BNP({}), eps_relative=1e-3": {"eps_relative": 1e-3},
     "BNP({}), eps_relative=0.1": {"eps_relative": 0.1},
 }
+BN = ("{} + BN", "{} + BN, momentum=0.99")
 DEFAULTS = {
     ("Adam", 128): (0.001, 0.003),
     ("Adam", 4): (0.001, 0.003),
     ("Muon", 128): (0.01, 0.03),
     ("Muon", 4): (0.01, 0.03),
 }
+E11 = {
+    ("Momentum", 512): steps_of_ten(0.01, 1.0),
+    ("Momentum", 2048): steps_of_ten(0.01, 1.0),
+    ("Adam", 512): steps_of_ten(0.001, 0.03),
+    ("Adam", 2048): steps_of_ten(0.001, 0.03),
+    ("Muon", 512): steps_of_ten(0.003, 0.1),
+    ("Muon", 2048): steps_of_ten(0.003, 0.1),
+}
+E3 = {
+    ("Momentum", 128): steps_of_ten(0.03, 0.3),
+    ("Momentum", 8): steps_of_ten(0.003, 0.03),
+    ("Muon", 128): steps_of_ten(0.003, 0.03),
+    ("Muon", 8): steps_of_ten(0.001, 0.01),
+}
 E9 = {(optimizer, size): E8_CNN[optimizer, size] for optimizer in OPTIMIZERS for size in (128, 4)}
 SETTINGS = {
-    "a quarter of an epoch": Setting("cnn", "cifar-10", EPOCH // 4, False, ("BNP({})", *OPTIONS), DEFAULTS),
+    "a quarter of an epoch": Setting("cnn", "cifar-10", EPOCH // 4, False, ("BNP({})", *OPTIONS, *BN), DEFAULTS),
     "5-layer CNN": Setting("cnn", "cifar-10", EPOCH, False, KINDS, E8_CNN),
     "fully connected 3x100": Setting("mlp", "cifar-10", EPOCH, False, KINDS, E8_MLP),
     "5-layer CNN, ten epochs": Setting("cnn", "cifar-10", 450_000, True, HEADLINE, E9),
+    "5-layer CNN, gray images": Setting("cnn", "fashion-mnist", EPOCH, False, HEADLINE, E9),
+    "5-layer CNN, large batches": Setting("cnn", "cifar-10", EPOCH, False, (*HEADLINE, "{} + BGN"), E11),
+    "ResNet-20, five epochs": Setting("resnet20", "cifar-10", 225_000, True, RESIDUAL, E3),
 }
 
 
@@ -126,24 +149,14 @@ def make_optimizer(name: str, rate: optax.ScalarOrSchedule) -> optax.GradientTra
     def rate_of_adam(step: jax.Array) -> Any:
         return ADAM_FACTOR * (rate(step) if callable(rate) else rate)
 
-    return optax.contrib.muon(rate, adam_learning_rate=rate_of_adam, muon_weight_dimension_numbers=kernel_matrices)
-
-
-def kernel_matrices(params: optax.Params) -> Any:
-    """Returns how each kernel is a matrix of its inputs, those of a window included, and outputs; None for the rest."""
-
-    def as_matrix(leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        inputs = tuple(range(leaf.ndim - 1))
-        return optax.contrib.MuonDimensionNumbers(inputs, leaf.ndim - 1) if inputs else None
-
-    return jax.tree.map(as_matrix, params)
+    return optax.contrib.muon(
+        rate, adam_learning_rate=rate_of_adam, muon_weight_dimension_numbers=models.kernel_matrices
+    )
 
 
 def make_model(network: str, kind: str, steps: int) -> nn.Module:
     """Returns a network, with the normalization layers of a kind of methods, for so many steps."""
-    normalization: models.Normalization = "bn" if kind.endswith("BN") else "gn" if kind.endswith("GN") else "none"
-    if kind.endswith("BRN"):
-        normalization = batch_renormalization(steps)
+    normalization = make_normalization(kind.split(" + ")[-1], steps)
     match network:
         case "mlp":
             return models.MLP(normalization, group_size=MLP_GROUP_SIZE)
@@ -152,12 +165,31 @@ def make_model(network: str, kind: str, steps: int) -> nn.Module:
     return models.resnet_20(normalization=normalization)
 
 
-def batch_renormalization(steps: int) -> Callable[[bool], nn.Module]:
-    """Returns Batch Renormalization, its limits widened in the first two fifths of the steps."""
+def make_normalization(name: str, steps: int) -> models.Normalization:
+    """Returns what normalizes a layer.
+
+    Batch Renormalization widens its limits in the first two fifths of the steps. Batch Group Normalization has four
+    groups a channel, each of a quarter of its positions.
+    """
+    name, _, momentum = name.partition(", momentum=")
     limits = contrib.ramp(hold=steps // 20, r_end=steps * 2 // 5, d_end=steps // 4)
-    return lambda train: contrib_linen.BatchRenorm(
-        r_max=limits.r_max, d_max=limits.d_max, use_running_average=not train
-    )
+
+    def normalize(train: bool) -> Callable[[jax.Array], Any]:
+        common: dict[str, Any] = {"use_running_average": not train, "momentum": float(momentum or RUNNING_MOMENTUM)}
+        match name:
+            case "BN":
+                return nn.BatchNorm(**common)
+            case "BRN":
+                return contrib_linen.BatchRenorm(r_max=limits.r_max, d_max=limits.d_max, **common)
+        return functools.partial(normalize_by_groups, common)
+
+    return normalize if name in ("BN", "BRN", "BGN") else "gn" if name == "GN" else "none"
+
+
+def normalize_by_groups(options: dict[str, Any], x: jax.Array) -> Any:
+    """Applies Batch Group Normalization, of four groups a channel where it has positions, else of one."""
+    groups, positions = (4 * x.shape[-1], x.shape[1:-1]) if x.ndim == 4 else (x.shape[-1], None)
+    return contrib_linen.BatchGroupNorm(num_groups=groups, spatial_shape=positions, **options)(x)
 
 
 def method_names(kinds: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -219,13 +251,13 @@ def tuning(names: Sequence[str], quick: bool) -> list[Trial]:
     ]
 
 
-def experiment(name: str, settings: Sequence[str]) -> trials.Experiment:
-    """Returns an experiment, whose tables say what every method reached."""
+def experiment(name: str, settings: Sequence[str], seeds: Sequence[int] = trials.SEEDS) -> trials.Experiment:
+    """Returns an experiment, whose table says what every method reached."""
 
     def report(outcomes: Sequence[trials.Outcome]) -> trials.Report:
         return {name: trials.accuracy_table(outcomes)}, {}
 
-    return trials.Experiment(functools.partial(tuning, settings), task, report)
+    return trials.Experiment(functools.partial(tuning, settings), task, report, seeds=seeds)
 
 
 EXPERIMENTS: dict[str, trials.Experiment] = {
@@ -233,10 +265,13 @@ EXPERIMENTS: dict[str, trials.Experiment] = {
         functools.partial(tuning, ["a quarter of an epoch"]),
         task,
         lambda outcomes: ({"e8_defaults": trials.validation_table(outcomes)}, {}),
-        final=False,
+        seeds=(),
     ),
     "e8": experiment("e8", ["5-layer CNN", "fully connected 3x100"]),
     "e9": experiment("e9", ["5-layer CNN, ten epochs"]),
+    "e10": experiment("e10", ["5-layer CNN, gray images"]),
+    "e11": experiment("e11", ["5-layer CNN, large batches"]),
+    "e3_resnet20": experiment("e3_resnet20", ["ResNet-20, five epochs"], seeds=(1,)),
 }
 
 

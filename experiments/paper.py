@@ -177,7 +177,9 @@ def main(argv: list[str] | None = None) -> None:
             case "e4":
                 conditioning.measure_all(output, args.seeds, conditioning.STEPS[: 3 if args.quick else None])
             case "e3":
-                rich.print(train.make_table(sweep(recipe(args.seeds, examples, args.quick))))
+                todo = recipe(args.seeds, examples, args.quick)
+                rich.print(train.forecast(todo, output, args.data_dir))
+                rich.print(train.make_table(sweep(todo)))
             case "defaults":
                 # The start and the options matter most in the first part of a training.
                 convolutional, fully_connected = variants(args.quick)
@@ -187,6 +189,11 @@ def main(argv: list[str] | None = None) -> None:
             case _:
                 tuning = sweep(with_rates(grid(experiment, args.quick), rates(experiment), examples))
                 rich.print(train.make_table(sweep(with_best_rate(tuning, args.seeds))))
+    if args.quick:
+        rich.print(
+            "This short form shows that the programs run, and nothing about the methods: too few examples, too few "
+            f"rates, digits that all can read. What was measured is in {runs.RESULTS / 'README.md'}."
+        )
 
 
 if __name__ == "__main__":

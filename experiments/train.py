@@ -97,7 +97,7 @@ def make_optimizer(
                 schedule,
                 weight_decay=run.weight_decay,
                 adam_learning_rate=lambda step: schedule(step) / 10,
-                muon_weight_dimension_numbers=kernel_matrices,
+                muon_weight_dimension_numbers=models.kernel_matrices,
             )
     if run.bound == "gradient":
         inner = optax.chain(optax.adaptive_grad_clip(GRADIENT_BOUND), inner)
@@ -115,16 +115,6 @@ def clip_kernel(proportion: float, step: jax.Array, kernel: jax.Array) -> jax.Ar
         return step
     longest = proportion * jnp.linalg.norm(kernel)
     return step * jnp.minimum(1, longest / jnp.maximum(jnp.linalg.norm(step), jnp.finfo(step.dtype).tiny))
-
-
-def kernel_matrices(params: optax.Params) -> Any:
-    """Returns how each kernel is a matrix of its inputs, those of a window included, and outputs; None for the rest."""
-
-    def as_matrix(leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        inputs = tuple(range(leaf.ndim - 1))
-        return optax.contrib.MuonDimensionNumbers(inputs, leaf.ndim - 1) if inputs else None
-
-    return jax.tree.map(as_matrix, params)
 
 
 def covered_layers(run: Run, model: nn.Module, x: jax.Array) -> bnp.Layers:
@@ -232,6 +222,32 @@ def train(run: Run, data_dir: Path, evaluations: int = 4, advance: Callable[[int
             state, last_stop = state._replace(loss_sum=jnp.zeros(())), step
     test = evaluate(program, state, data.test) if run.reads_test else (math.nan, math.nan)
     return Result(run, commit, round(time.perf_counter() - start, 1), seen, *curves, *test)
+
+
+def seconds_a_step(run: Run, data_dir: Path, steps: int = 3) -> float:
+    """Measures how long a step of a run takes, once it is compiled."""
+    data = load(run.data, data_dir)
+    shape, mean, deviation = data.train.images.shape[1:], data.train.images.mean(), data.train.images.std()
+    same = dataclasses.replace(run, rate=0.0, seed=0, reads_test=False)
+    program, rate = make_program(same, shape, float(mean), float(deviation)), jnp.asarray(run.rate, jnp.float32)
+    state = program.init(rate, jax.random.key(run.seed))
+    batches = images.batches(run, data.train)
+    state = jax.block_until_ready(program.step(rate, state, *next(batches), True))
+    start = time.perf_counter()
+    for x, y in itertools.islice(batches, steps):
+        state = program.step(rate, state, x, y, True)
+    jax.block_until_ready(state)
+    return (time.perf_counter() - start) / steps
+
+
+def forecast(todo: Sequence[Run], output: Path, data_dir: Path) -> str:
+    """Returns how long the runs that have no row yet will take, in words, by a few steps of each method."""
+    done = {result.run for result in runs.read(output)}
+    left = [run for run in todo if run not in done]
+    seconds = {run.method: seconds_a_step(run, data_dir) for run in {run.method: run for run in left}.values()}
+    hours = sum(seconds[run.method] * (run.examples // run.batch_size) for run in left) / 3600
+    steps = ", ".join(f"{method} {own:.2g}" for method, own in seconds.items())
+    return f"{len(left)} runs to go, {hours:,.1f} hours by one process; seconds a step: {steps or 'none'}"
 
 
 def evaluate(program: Program, state: State, split: images.Split) -> tuple[float, float]:

@@ -180,7 +180,7 @@ class Experiment(NamedTuple):
       also: ``(folder of the results, folder of the data, quick)``: measures what is no training, after all of these,
         and adds it to a CSV file of its own in the folder.
       also_report: ``(all outcomes, folder of the results)``: makes tables and figures of that file.
-      final: whether the other seeds read the test images at the best rates.
+      seeds: that read the test images at the best rates.
     """
 
     tuning: Callable[[bool], list[Trial]]
@@ -189,7 +189,7 @@ class Experiment(NamedTuple):
     further: Callable[[bool], list[Trial]] = lambda quick: []
     also: Callable[[Path, Path, bool], None] = lambda results, data_dir, quick: None
     also_report: Callable[[Sequence[Outcome], Path], Report] = lambda outcomes, results: ({}, {})
-    final: bool = True
+    seeds: Sequence[int] = SEEDS
 
 
 @functools.cache
@@ -283,7 +283,7 @@ def run(experiment: Experiment, output: Path, data_dir: Path, quick: bool = Fals
             workers=workers,
         )
 
-    seeds = () if not experiment.final else QUICK_SEEDS if quick else SEEDS
+    seeds = experiment.seeds[:1] if quick else experiment.seeds
     tuning = sweep(experiment.tuning(quick))
     final = [dataclasses.replace(best(own).trial, seed=seed) for own in by_cell(tuning).values() for seed in seeds]
     outcomes = tuning + sweep(list(dict.fromkeys([*final, *experiment.further(quick)])))

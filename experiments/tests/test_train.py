@@ -26,6 +26,7 @@ from runs import Run
         (models.MLP, (2, 28, 28, 1), 4),
         (models.CNN, (2, 32, 32, 3), 5),
         (models.resnet_18, (2, 32, 32, 3), 18 + 3),  # and three projections
+        (models.resnet_20, (2, 32, 32, 3), 20 + 2),
         (models.resnet_110, (2, 32, 32, 3), 110 + 2),
     ],
 )
@@ -126,6 +127,22 @@ def test_a_sweep_continues_where_it_stopped(tmp_path, capsys, monkeypatch):
     assert len(trained) == 1
     assert output.read_text().startswith(before)
     assert "Accuracies in percent" in capsys.readouterr().out
+
+
+def test_how_long_runs_will_take_is_told_before_they_start(tmp_path, monkeypatch):
+    assert 0 < train.seconds_a_step(ANY_RUN, Path(), steps=1) < 60
+    monkeypatch.setattr(train, "seconds_a_step", lambda run, data_dir: {"sgd": 2.0, "bn": 4.0}[run.method])
+    output = tmp_path / "runs.csv"
+    done, *todo = [
+        dataclasses.replace(ANY_RUN, method=method, seed=seed, examples=32 * 900)
+        for method in ("sgd", "bn")
+        for seed in (0, 1)
+    ]
+    runs.append(output, runs.Result(done, "abc", 1.0, [], [], [], [], math.nan, math.nan))
+    assert train.forecast([done, *todo], output, Path()) == (
+        "3 runs to go, 2.5 hours by one process; seconds a step: sgd 2, bn 4"  # (2 + 4 + 4) s, 900 times
+    )
+    assert train.forecast([done], output, Path()).startswith("0 runs to go, 0.0 hours")
 
 
 def test_workers_do_what_one_process_does(tmp_path):
