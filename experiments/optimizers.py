@@ -31,7 +31,6 @@ from trials import Trial
 MOMENTUM = 0.9
 ADAM_FACTOR = 0.1  # of Adam's learning rate, for what is no kernel, by Muon's
 GROUP_SIZE, MLP_GROUP_SIZE = 8, 10  # of GN: channels, units
-RUNNING_MOMENTUM = 0.9  # of BN's running statistics: better than Flax's 0.99 at every batch size, see "e8_defaults"
 EPOCH = 51_200  # examples, about those of CIFAR-10 and of MNIST
 OPTIMIZERS = ("Momentum", "Adam", "Muon")
 KINDS = ("{}", "{} + BN", "{} + BRN", "{} + GN", "scale_by_bnp, {}", "BNP({})")  # of methods, with an optimizer's name
@@ -171,14 +170,15 @@ def make_normalization(name: str, steps: int) -> models.Normalization:
     Batch Renormalization widens its limits in the first two fifths of the steps. Batch Group Normalization has four
     groups a channel, each of a quarter of its positions.
     """
-    name, _, momentum = name.partition(", momentum=")
+    name, _, other_momentum = name.partition(", momentum=")
+    momentum = float(other_momentum or models.RUNNING_MOMENTUM)
     limits = contrib.ramp(hold=steps // 20, r_end=steps * 2 // 5, d_end=steps // 4)
 
     def normalize(train: bool) -> Callable[[jax.Array], Any]:
-        common: dict[str, Any] = {"use_running_average": not train, "momentum": float(momentum or RUNNING_MOMENTUM)}
+        common: dict[str, Any] = {"use_running_average": not train, "momentum": momentum}
         match name:
             case "BN":
-                return nn.BatchNorm(**common)
+                return models.batch_norm(train, momentum)
             case "BRN":
                 return contrib_linen.BatchRenorm(r_max=limits.r_max, d_max=limits.d_max, **common)
         return functools.partial(normalize_by_groups, common)
