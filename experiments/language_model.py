@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import functools
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -191,7 +190,7 @@ class Outcome(Trial):
     @property
     def trial(self) -> Trial:
         """The training."""
-        return Trial(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Trial)})
+        return runs.part(self, Trial)
 
     @property
     def validation(self) -> np.ndarray:
@@ -295,11 +294,7 @@ def run(output: Path, quick: bool = False, workers: int = 1) -> list[Outcome]:
 def main(argv: list[str] | None = None) -> list[Outcome]:
     """Runs all trainings; returns their outcomes."""
     parser = argparse.ArgumentParser(description="Trains a small transformer on Python's documentation.")
-    option = parser.add_argument
-    option("--results", type=Path, default=runs.RESULTS, metavar="DIR", help="folder of the CSV file")
-    option("--quick", action="store_true", help="a short form")
-    cpu = jax.default_backend() == "cpu"
-    option("--workers", type=int, default=os.cpu_count() if cpu else 1, metavar="N", help="processes (one a core)")
+    sweeps.add_options(parser)
     args = parser.parse_args(argv)
     return run(args.results / "e7.csv", args.quick, args.workers)
 

@@ -2,6 +2,7 @@
 
 * ``e8_defaults``: the options of ``preconditioned``, one changed at a time, in a quarter of an epoch.
 * ``e8``: one epoch at a constant rate, convolutional and fully connected networks, batches down to one example.
+* ``e8_falling``: the same in batches of 128, at a rate that falls to zero along a cosine.
 * ``e9``: ten epochs of augmented images at a rate that falls along a cosine.
 * ``e10``: one epoch of a second set of images.
 * ``e11``: one epoch in large batches.
@@ -47,18 +48,19 @@ class Setting(NamedTuple):
       network: "mlp", "cnn" or "resnet20".
       data: the set of images.
       examples: that a training sees.
-      recipe: whether images are shifted and mirrored, and the rate falls to zero along half a cosine. Else it is
-        constant.
       kinds: of methods.
       rates: the grid of learning rates, equal for all kinds, by optimizer and batch size.
+      falls: whether the rate falls to zero along half a cosine; else it is constant.
+      augment: whether images are shifted and mirrored.
     """
 
     network: str
     data: str
     examples: int
-    recipe: bool
     kinds: Sequence[str]
     rates: Mapping[tuple[str, int], tuple[float, ...]]
+    falls: bool = False
+    augment: bool = False
 
 
 def steps_of_ten(low: float, high: float) -> tuple[float, ...]:
@@ -123,14 +125,16 @@ E3 = {
     ("Muon", 8): steps_of_ten(0.001, 0.01),
 }
 E9 = {(optimizer, size): E8_CNN[optimizer, size] for optimizer in OPTIMIZERS for size in (128, 4)}
+LARGEST = {(optimizer, 128): E8_CNN[optimizer, 128] for optimizer in OPTIMIZERS}
 SETTINGS = {
-    "a quarter of an epoch": Setting("cnn", "cifar-10", EPOCH // 4, False, ("BNP({})", *OPTIONS, *BN), DEFAULTS),
-    "5-layer CNN": Setting("cnn", "cifar-10", EPOCH, False, KINDS, E8_CNN),
-    "fully connected 3x100": Setting("mlp", "cifar-10", EPOCH, False, KINDS, E8_MLP),
-    "5-layer CNN, ten epochs": Setting("cnn", "cifar-10", 450_000, True, HEADLINE, E9),
-    "5-layer CNN, gray images": Setting("cnn", "fashion-mnist", EPOCH, False, HEADLINE, E9),
-    "5-layer CNN, large batches": Setting("cnn", "cifar-10", EPOCH, False, (*HEADLINE, "{} + BGN"), E11),
-    "ResNet-20, five epochs": Setting("resnet20", "cifar-10", 225_000, True, RESIDUAL, E3),
+    "a quarter of an epoch": Setting("cnn", "cifar-10", EPOCH // 4, ("BNP({})", *OPTIONS, *BN), DEFAULTS),
+    "5-layer CNN": Setting("cnn", "cifar-10", EPOCH, KINDS, E8_CNN),
+    "fully connected 3x100": Setting("mlp", "cifar-10", EPOCH, KINDS, E8_MLP),
+    "5-layer CNN, falling rate": Setting("cnn", "cifar-10", EPOCH, HEADLINE, LARGEST, falls=True),
+    "5-layer CNN, ten epochs": Setting("cnn", "cifar-10", 450_000, HEADLINE, E9, falls=True, augment=True),
+    "5-layer CNN, gray images": Setting("cnn", "fashion-mnist", EPOCH, HEADLINE, E9),
+    "5-layer CNN, large batches": Setting("cnn", "cifar-10", EPOCH, (*HEADLINE, "{} + BGN"), E11),
+    "ResNet-20, five epochs": Setting("resnet20", "cifar-10", 225_000, RESIDUAL, E3, falls=True, augment=True),
 }
 
 
@@ -205,7 +209,7 @@ def task(trial: Trial) -> trials.Task:
     in_variables, behind = kind.startswith("BNP"), kind.startswith("scale_by_bnp")
 
     def optimizer(rate: Any, params: optax.Params, x: jax.Array) -> optax.GradientTransformationExtraArgs:
-        inner = make_optimizer(name, optax.cosine_decay_schedule(rate, trial.steps) if setting.recipe else rate)
+        inner = make_optimizer(name, optax.cosine_decay_schedule(rate, trial.steps) if setting.falls else rate)
         if not (in_variables or behind):
             return optax.with_extra_args_support(inner)
         layers = bnp.linen.find_layers(model, x)
@@ -216,7 +220,7 @@ def task(trial: Trial) -> trials.Task:
         )
 
     training = trials.classifier(model, optimizer, records=in_variables or behind)
-    return training._replace(batches=augmented_epochs) if setting.recipe else training
+    return training._replace(batches=augmented_epochs) if setting.augment else training
 
 
 def augmented_epochs(trial: Trial, split: images.Split) -> Iterator[images.Split]:
@@ -268,6 +272,7 @@ EXPERIMENTS: dict[str, trials.Experiment] = {
         seeds=(),
     ),
     "e8": experiment("e8", ["5-layer CNN", "fully connected 3x100"]),
+    "e8_falling": experiment("e8_falling", ["5-layer CNN, falling rate"]),
     "e9": experiment("e9", ["5-layer CNN, ten epochs"]),
     "e10": experiment("e10", ["5-layer CNN, gray images"]),
     "e11": experiment("e11", ["5-layer CNN, large batches"]),

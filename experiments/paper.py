@@ -8,16 +8,15 @@ images. ``figures.py`` draws what comes out.
 import argparse
 import dataclasses
 import itertools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import rich
 
 import conditioning
 import runs
+import sweeps
 import train
 from runs import Result, Run
 
@@ -140,15 +139,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="e1, e2, e4 (all three), and e3, defaults or refresh",
     )
     option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets' files (data)")
-    option("--results", type=Path, default=runs.RESULTS, metavar="DIR", help="folder of the CSV files")
     option("--rates", nargs="+", type=float, metavar="RATE", help="grid of learning rates, if another one than usual")
     option("--seeds", nargs="+", type=int, metavar="SEED", help=f"of the runs that read the test images ({SEEDS})")
     option(
         "--examples", type=int, metavar="N", help=f"how many examples a run sees ({EXAMPLES}; e3: {RECIPE_EXAMPLES})"
     )
-    option("--quick", action="store_true", help="a short form on scikit-learn's digits, which needs no download")
-    cpu = jax.default_backend() == "cpu"
-    option("--workers", type=int, default=os.cpu_count() if cpu else 1, metavar="N", help="processes (one a core)")
+    sweeps.add_options(parser)
     args = parser.parse_args(argv)
     if unknown := set(args.experiments) - {*EXPERIMENTS, *ON_DEMAND}:
         names = ", ".join((*EXPERIMENTS, *ON_DEMAND))

@@ -184,6 +184,11 @@ def append_rows(path: Path, rows: Sequence[Any]) -> None:
         writer.writerows(map(dataclasses.asdict, rows))
 
 
+def part(row: Any, kind: type[T]) -> T:
+    """Returns what a dataclass has of one of its bases, as one of that kind."""
+    return kind(**{field.name: getattr(row, field.name) for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+
+
 def whole_lines(path: Path) -> str:
     """Returns the text of a file, and cuts off it a last line without its end, which a killed program may leave."""
     text = path.read_text()

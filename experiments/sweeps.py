@@ -1,18 +1,31 @@
 """Sweeps: many trainings, in processes that share the cores, each saved when it is done."""
 
+import argparse
 import concurrent.futures
 import functools
 import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 import rich.progress
 
+import runs
+
 K = TypeVar("K", bound=Hashable)
 R = TypeVar("R")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that all programs with sweeps have in common."""
+    option, cpu = parser.add_argument, jax.default_backend() == "cpu"
+    option("--results", type=Path, default=runs.RESULTS, metavar="DIR", help="folder of the CSV files")
+    option("--quick", action="store_true", help="a short form, on data that need no download")
+    option("--workers", type=int, default=os.cpu_count() if cpu else 1, metavar="N", help="processes (one a core)")
 
 
 def sweep(

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -81,7 +80,7 @@ class Outcome(Trial):
     @property
     def trial(self) -> Trial:
         """The training."""
-        return Trial(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Trial)})
+        return runs.part(self, Trial)
 
     @property
     def diverged(self) -> bool:
@@ -328,10 +327,7 @@ def main(description: str, experiments: Mapping[str, Experiment], argv: list[str
     option = parser.add_argument
     option("experiments", nargs="*", default=list(experiments), metavar="EXPERIMENT", help=", ".join(experiments))
     option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets' files (data)")
-    option("--results", type=Path, default=runs.RESULTS, metavar="DIR", help="folder of the CSV files")
-    option("--quick", action="store_true", help="a short form on scikit-learn's digits, which needs no download")
-    cpu = jax.default_backend() == "cpu"
-    option("--workers", type=int, default=os.cpu_count() if cpu else 1, metavar="N", help="processes (one a core)")
+    sweeps.add_options(parser)
     args = parser.parse_args(argv)
     if unknown := set(args.experiments) - set(experiments):
         parser.error(f"no experiment {', '.join(sorted(unknown))}; there are {', '.join(experiments)}")

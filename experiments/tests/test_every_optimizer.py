@@ -62,7 +62,7 @@ def test_every_method_is_what_its_name_says(setting):
 
 def test_grids_are_about_a_factor_of_three_apart_and_equal_for_all_methods():
     assert optimizers.steps_of_ten(0.003, 0.3) == (0.003, 0.01, 0.03, 0.1, 0.3)
-    for name in ("e8", "e9", "e10", "e11"):
+    for name in ("e8", "e8_falling", "e9", "e10", "e11"):
         todo = optimizers.EXPERIMENTS[name].tuning(False)
         by_cell = {}
         for trial in todo:
