@@ -1,8 +1,7 @@
-"""Experiments beyond the paper: how large the steps of SGD may be, what bounds them, and Adam and Muon with BNP.
+"""Experiments beyond the paper: how large the steps of SGD may be, and what bounds them.
 
 * ``rule``: SGD at a learning rate in proportion to 1 - momentum, for three networks, batch sizes from 8 to 512.
 * ``bound``: SGD in BNP's variables, its gradients or its steps clipped relative to what they change.
-* ``optimizers``: Adam and Muon, alone and in BNP's variables, over a grid of learning rates.
 
 A call continues where an earlier one stopped. ``figures.py`` writes the tables of what comes out.
 """
@@ -10,28 +9,20 @@ A call continues where an earlier one stopped. ``figures.py`` writes the tables 
 import argparse
 import dataclasses
 import itertools
-import os
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import rich
 
+import sweeps
 import train
-from runs import BOUNDS, RESULTS, Run
+from runs import BOUNDS, Run
 
 BATCH_SIZES, MOMENTA, SEEDS = (512, 128, 32, 8), (0.0, 0.9, 0.99), (0, 1, 2)
 NETWORKS = (("digits", "mlp", 10_240), ("mnist", "tutorial", 12_800), ("cifar-10", "cnn", 12_800))
 RATE_FACTOR, LARGER_FACTOR = 0.1, 0.3
 RATES = {0.9: (0.03, 0.1, 0.3, 1.0), 0.0: (0.1, 0.3, 1.0, 3.0)}  # by momentum
 EPOCHS = {"none": (0.01, 0.03), "gradient": (0.03,), "step": (0.03,), "small-step": (0.03, 0.1, 0.3, 1.0)}  # rates
-TUNED = {
-    ("adam", 128): (0.001, 0.003, 0.01),
-    ("muon", 128): (0.003, 0.01, 0.03),
-    ("adam", 4): (0.0003, 0.001, 0.003, 0.01),
-    ("muon", 4): (0.001, 0.003, 0.01, 0.03),
-}
-EXAMPLES = {128: 51_200, 4: 12_800}
 
 
 def rule(quick: bool) -> list[Run]:
@@ -68,23 +59,12 @@ def bound(quick: bool) -> list[Run]:
     return shorten(todo[:16:4]) if quick else todo
 
 
-def optimizers(quick: bool) -> list[Run]:
-    """Returns Adam and Muon, alone and in BNP's variables, at all rates."""
-    todo = [
-        Run("cifar-10", "cnn", method, size, rate, 0, EXAMPLES[size], optimizer, reads_test=True)
-        for (optimizer, size), rates in TUNED.items()
-        for method in ("sgd", "preconditioned")
-        for rate in rates
-    ]
-    return shorten([run for run in todo if run.batch_size == 128][1::3]) if quick else todo
-
-
 def shorten(todo: list[Run]) -> list[Run]:
     """Returns the runs in a short form, on scikit-learn's digits, which need no download."""
     return [dataclasses.replace(run, data="digits", examples=1024) for run in todo]
 
 
-EXPERIMENTS: dict[str, Callable[[bool], list[Run]]] = {"rule": rule, "bound": bound, "optimizers": optimizers}
+EXPERIMENTS: dict[str, Callable[[bool], list[Run]]] = {"rule": rule, "bound": bound}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -93,10 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     option = parser.add_argument
     option("experiments", nargs="*", default=list(EXPERIMENTS), metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
     option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets' files (data)")
-    option("--results", type=Path, default=RESULTS, metavar="DIR", help="folder of the CSV files")
-    option("--quick", action="store_true", help="a short form on scikit-learn's digits, which needs no download")
-    cpu = jax.default_backend() == "cpu"
-    option("--workers", type=int, default=os.cpu_count() if cpu else 1, metavar="N", help="processes (one a core)")
+    sweeps.add_options(parser)
     args = parser.parse_args(argv)
     if unknown := set(args.experiments) - set(EXPERIMENTS):
         parser.error(f"no experiment {', '.join(sorted(unknown))}; there are {', '.join(EXPERIMENTS)}")

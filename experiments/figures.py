@@ -20,6 +20,7 @@ import tables
 from conditioning import Conditioning
 
 COLORS = {"sgd": "#555555", "bn": "#E69F00", "gn": "#009E73", "bnp": "#0072B2", "bnp+gn": "#56B4E9"}
+TICKS_APART = 0.08  # of the height of a panel, so that no label lies on another
 MARKERS = {"sgd": "s", "bn": "^", "gn": "v", "bnp": "o", "bnp+gn": "D"}
 
 
@@ -60,11 +61,15 @@ def show_errors_as_accuracies(panel: Axes) -> None:
     panel.set(yscale="log")
     low, high = panel.get_ylim()
     panel.set_ylim(high, low)
-    ticks = [error for error in (1, 2, 3, 4, 6, 10, 20, 40, 60, 90) if low <= error <= high]
+    ticks: list[int] = []
+    for error in (1, 2, 3, 4, 6, 10, 20, 30, 40, 50, 60, 70, 80, 90):
+        apart = math.log(error / ticks[-1]) / math.log(high / low) if ticks else 1
+        if low <= error <= high and apart > TICKS_APART:
+            ticks.append(error)
     panel.set_yticks(ticks, labels=[str(100 - error) for error in ticks])
     panel.minorticks_off()
     if label := panel.get_ylabel():
-        panel.set_ylabel(f"{label}, logarithmic in the error")
+        panel.set_ylabel(f"{label}\nlogarithmic in the error")
 
 
 def add_legend(figure: Figure, axes: Sequence[Axes]) -> Figure:
@@ -173,14 +178,11 @@ def make(results: Path) -> tuple[dict[str, str], dict[str, Figure]]:
         "defaults": tables.defaults_table,
         "rule": tables.rule_table,
         "bound": tables.bound_table,
-        "optimizers": tables.optimizers_table,
         "e3": tables.recipe_table,
     }
     for name, make_table in by_name.items():
         if rows := runs.read(results / f"{name}.csv"):
             texts[name] = make_table(rows)
-    if losses := runs.read_rows(results / "transformer.csv", tables.TransformerLoss):
-        texts["transformer"] = tables.transformer_table(losses)
     if spectra := conditioning.read(results / "e4.csv"):
         texts["e4"], texts["e4_gains"] = tables.conditioning_table(spectra), tables.conditioning_gains_table(spectra)
         figures["e4"] = along_training(spectra)

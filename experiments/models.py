@@ -17,13 +17,6 @@ Normalization = Literal["bn", "gn", "ln", "none"] | Callable[[bool], Callable[[j
 
 he_normal = nn.initializers.he_normal()
 
-RUNNING_MOMENTUM = 0.9  # of BN's running statistics, better than Flax's 0.99: results/optimizers.md
-
-
-def batch_norm(train: bool, momentum: float = RUNNING_MOMENTUM) -> nn.Module:
-    """Returns BN as the comparisons of accuracies have it."""
-    return nn.BatchNorm(use_running_average=not train, momentum=momentum)
-
 
 def normalize(kind: Normalization, group_size: int, train: bool, x: jax.Array) -> Any:
     """Applies the normalization layer of that kind, in a compact module."""

@@ -32,6 +32,7 @@ from trials import Trial
 MOMENTUM = 0.9
 ADAM_FACTOR = 0.1  # of Adam's learning rate, for what is no kernel, by Muon's
 GROUP_SIZE, MLP_GROUP_SIZE = 8, 10  # of GN: channels, units
+RUNNING_MOMENTUM = 0.9  # of BN's statistics, better than Flax's 0.99: see "e8_defaults"
 EPOCH = 51_200  # examples, about those of CIFAR-10 and of MNIST
 OPTIMIZERS = ("Momentum", "Adam", "Muon")
 KINDS = ("{}", "{} + BN", "{} + BRN", "{} + GN", "scale_by_bnp, {}", "BNP({})")  # of methods, with an optimizer's name
@@ -175,14 +176,14 @@ def make_normalization(name: str, steps: int) -> models.Normalization:
     groups a channel, each of a quarter of its positions.
     """
     name, _, other_momentum = name.partition(", momentum=")
-    momentum = float(other_momentum or models.RUNNING_MOMENTUM)
+    momentum = float(other_momentum or RUNNING_MOMENTUM)
     limits = contrib.ramp(hold=steps // 20, r_end=steps * 2 // 5, d_end=steps // 4)
 
     def normalize(train: bool) -> Callable[[jax.Array], Any]:
         common: dict[str, Any] = {"use_running_average": not train, "momentum": momentum}
         match name:
             case "BN":
-                return models.batch_norm(train, momentum)
+                return nn.BatchNorm(**common)
             case "BRN":
                 return contrib_linen.BatchRenorm(r_max=limits.r_max, d_max=limits.d_max, **common)
         return functools.partial(normalize_by_groups, common)
@@ -256,10 +257,15 @@ def tuning(names: Sequence[str], quick: bool) -> list[Trial]:
 
 
 def experiment(name: str, settings: Sequence[str], seeds: Sequence[int] = trials.SEEDS) -> trials.Experiment:
-    """Returns an experiment, whose table says what every method reached."""
+    """Returns an experiment, whose table says what every method reached, larger batches first."""
 
     def report(outcomes: Sequence[trials.Outcome]) -> trials.Report:
-        return {name: trials.accuracy_table(outcomes)}, {}
+        def place(outcome: trials.Outcome) -> tuple[int, int, int]:
+            methods = list(method_names(SETTINGS[outcome.setting].kinds))
+            return settings.index(outcome.setting), -outcome.batch_size, methods.index(outcome.method)
+
+        ordered = sorted(outcomes, key=place)
+        return {name: trials.accuracy_table(ordered)}, {}
 
     return trials.Experiment(functools.partial(tuning, settings), task, report, seeds=seeds)
 

@@ -35,7 +35,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "scale_by_bnp, {}": {"color": "#56B4E9", "marker": "x", "linestyle": "--"},
     "BNP({})": {"color": "#0072B2", "marker": "o"},
 }
-LOWEST = 40.0  # percent, where the axes of accuracies begin
+LOWEST = 50.0  # percent, where the axes of accuracies begin
 
 
 def final_accuracies(outcomes: Sequence[Outcome]) -> dict[trials.Cell, np.ndarray]:
@@ -70,7 +70,7 @@ def summary_table(outcomes: Sequence[Outcome]) -> str:
             for kind in kinds
             if (cell := (data, setting, batch_size, kind.format(name))) in found
         }
-        highest = max(f"{mean:.1f}" for mean in means.values())
+        highest = f"{max(means.values()):.1f}"
         texts = [f"{means[kind]:.1f}" if kind in means else "" for kind in kinds]
         network = f"{tables.DATA_NAMES[data]}, {setting}"
         rows.append([network, name, str(batch_size), *(f"**{text}**" if text == highest else text for text in texts)])
@@ -89,7 +89,7 @@ def by_batch_size(outcomes: Sequence[Outcome], setting: str) -> Figure:
                 draw_over_sizes(panel, [sizes.index(size) for size in own], list(own.values()), HEADERS[kind], style)
         panel.set_xticks(range(len(sizes)), labels=[str(size) for size in sizes])
         panel.set_xlabel("batch size")
-        panel.set_ylim(bottom=LOWEST)
+    axes[0].set_ylim(bottom=LOWEST)  # of all panels, and only once all are drawn
     return figures.add_legend(figure, axes)
 
 

@@ -3,11 +3,10 @@
 In a page, a table stands between the comments ``<!-- table: NAME -->`` and ``<!-- end -->``.
 """
 
-import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,22 +16,9 @@ from conditioning import Conditioning
 from runs import Result, Run
 
 NAMES = {"sgd": "SGD", "bn": "BN", "gn": "GN", "bnp": "BNP", "bnp+gn": "BNP+GN"}
-OPTIMIZER_NAMES = {"sgd": "SGD", "adam": "Adam", "muon": "Muon"}
 DATA_NAMES = {"digits": "digits", "mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar-10": "CIFAR-10"}
 MODEL_NAMES = {"mlp": "fully connected 3x100", "cnn": "5-layer CNN", "tutorial": "Flax's tutorial CNN"}
 CHANCE = 10.0  # percent
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerLoss:
-    """What the language model reached by one method at one learning rate, in nats per character."""
-
-    method: str
-    steps: int
-    seed: int
-    rate: float
-    validation: float
-    test: float
 
 
 class Cell(NamedTuple):
@@ -199,50 +185,16 @@ def rule_table(results: Sequence[Result]) -> str:
 
 
 def bound_table(results: Sequence[Result]) -> str:
-    """Returns what SGD in BNP's variables reaches with every bound, at every learning rate."""
+    """Returns what SGD in BNP's variables reaches in validation with every bound, a column a learning rate."""
     bounds = {"none": "none", "gradient": "gradient, a tenth", "step": "step, 3 %", "small-step": "step, 1 %"}
-    return grid_table(results, ["momentum", "bound"], lambda run: [f"{run.momentum:g}", bounds[run.bound]])
-
-
-def optimizers_table(results: Sequence[Result]) -> str:
-    """Returns what every optimizer reaches, alone and in BNP's variables, at every learning rate."""
-    names = {"sgd": "{}", "preconditioned": "BNP({})"}
-    return grid_table(results, ["optimizer"], lambda run: [names[run.method].format(OPTIMIZER_NAMES[run.optimizer])])
-
-
-def grid_table(results: Sequence[Result], header: Sequence[str], describe: Callable[[Run], list[str]]) -> str:
-    """Returns validation accuracies, a column a learning rate, and the test accuracy at the best where it was read.
-
-    Args:
-      results: the runs.
-      header: of the columns that say what a row is, behind network, batch and examples.
-      describe: returns them for a run.
-    """
-    rates, reads_test = sorted({result.run.rate for result in results}), results[0].run.reads_test
-    by_row: dict[tuple[str, ...], list[Result]] = {}
+    rates = sorted({result.run.rate for result in results})
+    by_row: dict[tuple[str, ...], dict[float, str]] = {}
     for result in results:
         run = result.run
-        row = (network_name(run), str(run.batch_size), f"{run.examples:,}", *describe(run))
-        by_row.setdefault(row, []).append(result)
-    rows = []
-    for row, own in by_row.items():
-        accuracies = {result.run.rate: f"{runs.final_accuracy(result):.1f}" for result in own}
-        (best,) = runs.select(own, rate=runs.best_rate(own))
-        rows.append([*row, *(accuracies.get(rate, "") for rate in rates)])
-        rows[-1] += [f"{best.test_accuracy:.1f}"] if reads_test else []
-    columns = ["network", "batch", "examples", *header, *(f"{rate:g}" for rate in rates)]
-    return markdown([*columns, "test"] if reads_test else columns, rows)
-
-
-def transformer_table(rows: Sequence[TransformerLoss]) -> str:
-    """Returns the lowest validation loss of every method, at which rate it is, and the test loss there."""
-    lines = []
-    for method in dict.fromkeys(row.method for row in rows):
-        own = [row for row in rows if row.method == method]
-        best = min(own, key=lambda row: row.validation)
-        edge = " (edge of the grid)" if best.rate in (own[0].rate, own[-1].rate) else ""
-        lines.append([method, f"{best.validation:.3f}", f"{best.test:.3f}", f"{best.rate:g}{edge}"])
-    return markdown(["method", "validation loss", "test loss", "rate"], lines)
+        row = (network_name(run), str(run.batch_size), f"{run.examples:,}", f"{run.momentum:g}", bounds[run.bound])
+        by_row.setdefault(row, {})[run.rate] = f"{runs.final_accuracy(result):.1f}"
+    rows = [[*row, *(accuracies.get(rate, "") for rate in rates)] for row, accuracies in by_row.items()]
+    return markdown(["network", "batch", "examples", "momentum", "bound", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def range_text(values: np.ndarray) -> str:

@@ -54,9 +54,7 @@ class State(NamedTuple):
 
 def make_model(run: Run) -> nn.Module:
     """Returns the network of a run."""
-    normalization: models.Normalization = "gn" if run.method.endswith("gn") else "none"
-    if run.method == "bn":
-        normalization = models.batch_norm
+    normalization: models.Normalization = "bn" if run.method == "bn" else "gn" if run.method.endswith("gn") else "none"
     match run.model:
         case "small-mlp":
             return models.MLP(normalization, widths=(20, 20), group_size=run.group_size)

@@ -32,7 +32,7 @@ OUTCOMES = [
     *make_outcomes("Adam + BN", 128, {0.001: 50.0, 0.003: 40.0}, [61.0, 61.0]),
     *make_outcomes("BNP(Adam)", 128, {0.001: 55.0, 0.003: 40.0}, [60.96, 61.0]),
     *make_outcomes("Adam", 4, {0.001: 50.0}, [50.0]),
-    *make_outcomes("Adam + BN", 4, {0.001: 30.0}, [20.0]),
+    *make_outcomes("Adam + BN", 4, {0.001: 30.0}, [9.6]),
     *make_outcomes("BNP(Muon)", 4, {0.001: 30.0}, []),  # whose last runs are still to come
 ]
 
@@ -42,7 +42,7 @@ def test_the_summary_has_means_of_the_seeds_at_the_best_rate():
     assert lines[0] == "| network | optimizer | batch | alone | with BN | in BNP's variables |"
     assert lines[2:] == [
         "| CIFAR-10, 5-layer CNN | Adam | 128 | **61.0** | **61.0** | **61.0** |",
-        "| CIFAR-10, 5-layer CNN | Adam | 4 | **50.0** | 20.0 |  |",
+        "| CIFAR-10, 5-layer CNN | Adam | 4 | **50.0** | 9.6 |  |",
     ]
 
 
@@ -50,9 +50,12 @@ def test_the_figure_says_what_falls_below_its_axis():
     figure = optimizers_report.by_batch_size(OUTCOMES, ANY_TRIAL.setting)
     panel = figure.axes[1]
     assert panel.get_title() == "Adam"
-    assert [text.get_text() for text in panel.texts] == ["20"]
+    assert [text.get_text() for text in panel.texts] == ["10"]
     assert panel.lines[0].get_ydata().tolist() == [61.0, 50.0]
     assert [tick.get_text() for tick in panel.get_xticklabels()] == ["128", "4"]
+    low, high = figure.axes[2].get_ylim()
+    assert low == optimizers_report.LOWEST
+    assert high > 65  # the highest of all panels
 
 
 def test_the_part_of_the_steps_until_a_loss():

@@ -7,12 +7,18 @@ import pytest
 
 import figures
 import methods_report
+import optimizers_report
 import runs
 import tables
 
 ROOT = Path(__file__).parents[2]
-RESULTS, METHODS = "experiments/results/README.md", "experiments/results/methods.md"
-PAGES = {"README.md": figures.make, RESULTS: figures.make, METHODS: methods_report.make}
+RESULTS, METHODS, OPTIMIZERS = (f"experiments/results/{name}.md" for name in ("README", "methods", "optimizers"))
+PAGES = {
+    "README.md": optimizers_report.make,
+    RESULTS: figures.make,
+    METHODS: methods_report.make,
+    OPTIMIZERS: optimizers_report.make,
+}
 TABLE = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -39,7 +45,7 @@ def test_accuracies_in_the_text_stand_in_the_tables(page, made):
     assert [number for number in quoted if number not in cells] == []
 
 
-@pytest.mark.parametrize("page", [RESULTS, METHODS])
+@pytest.mark.parametrize("page", [RESULTS, METHODS, OPTIMIZERS])
 def test_every_figure_is_there_and_shown(page, made):
     text = (ROOT / page).read_text()
     for name in made[PAGES[page]][1]:
