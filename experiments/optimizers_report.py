@@ -39,14 +39,9 @@ LOWEST = 50.0  # percent, where the axes of accuracies begin
 
 
 def final_accuracies(outcomes: Sequence[Outcome]) -> dict[trials.Cell, np.ndarray]:
-    """Returns the test accuracies in percent of the seeds at the best rate, by cell; what diverged guesses."""
-    found = {}
-    for cell, own in trials.by_cell(outcomes).items():
-        rate = trials.best([outcome for outcome in own if outcome.seed == 0]).rate
-        final = [outcome for outcome in own if outcome.seed and outcome.rate == rate]
-        if final:
-            found[cell] = np.array([tables.CHANCE if own.diverged else own.test_accuracy for own in final])
-    return found
+    """Returns the test accuracies of the seeds at the best rate, by cell; cells without any are left out."""
+    cells = {cell: trials.at_best_rate(own) for cell, own in trials.by_cell(outcomes).items()}
+    return {cell: trials.accuracies_in_test(final) for cell, final in cells.items() if final}
 
 
 def summary_table(outcomes: Sequence[Outcome]) -> str:

@@ -355,6 +355,17 @@ def best(tuning: Sequence[Outcome]) -> Outcome:
     return min(tuning, key=lambda outcome: (outcome.diverged, -outcome.validation_accuracy, outcome.rate))
 
 
+def at_best_rate(cell: Sequence[Outcome]) -> list[Outcome]:
+    """Returns the outcomes of a cell that read the test images, at the rate that is best in validation."""
+    rate = best([outcome for outcome in cell if outcome.seed == 0]).rate
+    return [outcome for outcome in cell if outcome.seed and outcome.rate == rate]
+
+
+def accuracies_in_test(final: Sequence[Outcome]) -> np.ndarray:
+    """Returns test accuracies in percent; what diverged guesses."""
+    return np.array([tables.CHANCE if outcome.diverged else outcome.test_accuracy for outcome in final])
+
+
 def accuracy_table(outcomes: Sequence[Outcome]) -> str:
     """Returns a row a cell: test accuracy at the rate that is best in validation, and the window of good rates.
 
@@ -363,12 +374,10 @@ def accuracy_table(outcomes: Sequence[Outcome]) -> str:
     rows = []
     for (data, setting, batch_size, method), own in by_cell(outcomes).items():
         tuning = [outcome for outcome in own if outcome.seed == 0]
-        rate = best(tuning).rate
-        final = [outcome for outcome in own if outcome.seed and outcome.rate == rate]
+        rate, final = best(tuning).rate, at_best_rate(own)
         if not final:
             continue
-        # what diverged guesses
-        tests = np.array([tables.CHANCE if outcome.diverged else outcome.test_accuracy for outcome in final])
+        tests = accuracies_in_test(final)
         losses = [outcome.train_loss for outcome in final]
         good = window(tuning)
         diverged = f"{sum(outcome.diverged for outcome in tuning)} of {len(tuning)}"
