@@ -15,10 +15,11 @@ import optax
 from matplotlib.figure import Figure
 
 import figures
+import protocol
 import tables
 import trials
 from bnp_optax.contrib import linen as contrib_linen
-from trials import Outcome, Trial
+from protocol import Outcome, Trial
 
 WIDTHS, CLASSES, GROUP_SIZE, MOMENTUM = (8, 16, 32), 10, 4, 0.9
 QUICK_STEPS = 30
@@ -99,7 +100,7 @@ def tuning(quick: bool) -> list[Trial]:
 
 def report(outcomes: Sequence[Outcome]) -> trials.Report:
     """Returns what every method reaches with every kind of batches, and at which rates."""
-    return {"batch_group_norm": trials.accuracy_table(outcomes)}, {"batch_group_norm": by_rate(outcomes)}
+    return {"batch_group_norm": protocol.accuracy_table(outcomes)}, {"batch_group_norm": by_rate(outcomes)}
 
 
 def by_rate(outcomes: Sequence[Outcome]) -> Figure:

@@ -15,11 +15,12 @@ from matplotlib.figure import Figure
 
 import figures
 import images
+import protocol
 import tables
 import trials
 from bnp_optax import contrib
 from bnp_optax.contrib import linen as contrib_linen
-from trials import Outcome, Trial
+from protocol import Outcome, Trial
 
 WIDTHS, CLASSES, EPSILON = (128, 128), 10, 1e-3
 RATES, QUICK_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0), (0.03, 0.1)
@@ -121,7 +122,7 @@ def tuning(quick: bool) -> list[Trial]:
 
 def report(outcomes: Sequence[Outcome]) -> trials.Report:
     """Returns what every method reaches with every kind of batches, and at which rates."""
-    return {"batch_renorm": trials.accuracy_table(outcomes)}, {"batch_renorm": by_rate(outcomes)}
+    return {"batch_renorm": protocol.accuracy_table(outcomes)}, {"batch_renorm": by_rate(outcomes)}
 
 
 def by_rate(outcomes: Sequence[Outcome]) -> Figure:

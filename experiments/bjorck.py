@@ -15,12 +15,13 @@ from matplotlib.figure import Figure
 
 import deep
 import figures
+import protocol
 import runs
 import tables
 import trials
 from bnp_optax.contrib import diagnostics
 from deep import BATCH_SIZE, DEPTH, DIAGNOSTICS, FAMILIES, METHODS, QUICK_DEPTH, QUICK_METHODS, Diagnosis
-from trials import Outcome, Trial
+from protocol import Outcome, Trial
 
 STEPS, QUICK_STEPS = 400, 30
 BEYOND = 1000.0  # a loss that has grown so many times is drawn at the edge
@@ -53,13 +54,13 @@ def further(quick: bool) -> list[Trial]:
 
 def report(outcomes: Sequence[Outcome]) -> trials.Report:
     """Returns what the learning rates reach."""
-    return {"bjorck": trials.accuracy_table(outcomes), "bjorck_rates": rates_table(outcomes)}, {}
+    return {"bjorck": protocol.accuracy_table(outcomes), "bjorck_rates": rates_table(outcomes)}, {}
 
 
 def rates_table(outcomes: Sequence[Outcome]) -> str:
     """Returns the largest usable rate of every method, and what it and those above it reach: medians of the seeds."""
     lines = []
-    for (_, _, _, name), own in trials.by_cell(outcomes).items():
+    for (_, _, _, name), own in protocol.by_cell(outcomes).items():
         largest, rates = largest_rates(own), sorted({outcome.rate for outcome in own})
         middle = sorted(largest)[(len(largest) - 1) // 2]
         shown = [rate for rate in rates if rate > 0.99 * middle][:3]

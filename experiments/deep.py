@@ -22,7 +22,7 @@ import models
 import runs
 import trials
 from bnp_optax.contrib import diagnostics
-from trials import Trial
+from protocol import Trial
 
 DIAGNOSTICS = "bjorck_diagnostics.csv"
 DEPTH, QUICK_DEPTH, WIDTH, CLASSES, BATCH_SIZE = 12, 4, 100, 10, 128

@@ -17,11 +17,12 @@ import optax
 import bnp_optax as bnp
 import figures
 import models
+import protocol
 import tables
 import trials
 from bnp_optax.contrib import adaptive_grad_clip, fixup_normal, nonlinearity_gain, standardized_layers
 from bnp_optax.contrib.linen import ScalarBias, ScalarScale, WSDense
-from trials import Outcome, Trial
+from protocol import Outcome, Trial
 
 BLOCKS, QUICK_BLOCKS, WIDTH, CLASSES = 10, 2, 100, 10
 SETTINGS = {f"{blocks} residual blocks of {WIDTH}": blocks for blocks in (BLOCKS, QUICK_BLOCKS)}
@@ -172,7 +173,7 @@ def report(outcomes: Sequence[Outcome]) -> trials.Report:
     title = f"{tables.DATA_NAMES[first.data]}, {first.setting}, batch size {first.batch_size}"
     figure, [panel] = figures.panels([title], 1, "validation accuracy (%)")
     figure.set_size_inches(7.2, 4.0)
-    for (_, _, _, name), own in trials.by_cell(outcomes).items():
+    for (_, _, _, name), own in protocol.by_cell(outcomes).items():
         tuning = sorted((outcome for outcome in own if outcome.seed == 0), key=lambda outcome: outcome.rate)
         rates = [outcome.rate for outcome in tuning]
         # what diverged guesses
@@ -181,7 +182,7 @@ def report(outcomes: Sequence[Outcome]) -> trials.Report:
     figures.show_errors_as_accuracies(panel)
     panel.set(xscale="log", xlabel="learning rate")
     panel.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
-    return {"normalizer_free": trials.accuracy_table(outcomes)}, {"normalizer_free": figure}
+    return {"normalizer_free": protocol.accuracy_table(outcomes)}, {"normalizer_free": figure}
 
 
 EXPERIMENT = trials.Experiment(tuning, make_task, report)

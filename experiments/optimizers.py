@@ -24,16 +24,17 @@ import optax.contrib
 import bnp_optax as bnp
 import images
 import models
+import protocol
 import trials
 from bnp_optax import contrib
 from bnp_optax.contrib import linen as contrib_linen
-from trials import Trial
+from protocol import Trial
 
 MOMENTUM = 0.9
 ADAM_FACTOR = 0.1  # of Adam's learning rate, for what is no kernel, by Muon's
 GROUP_SIZE, MLP_GROUP_SIZE = 8, 10  # of GN: channels, units
-RUNNING_MOMENTUM = 0.9  # of BN's statistics, better than Flax's 0.99: see "e8_defaults"
 EPOCH = 51_200  # examples, about those of CIFAR-10 and of MNIST
+RUNNING_MOMENTUM = 0.9  # of BN's statistics, better than Flax's 0.99: see "e8_defaults"
 OPTIMIZERS = ("Momentum", "Adam", "Muon")
 KINDS = ("{}", "{} + BN", "{} + BRN", "{} + GN", "scale_by_bnp, {}", "BNP({})")  # of methods, with an optimizer's name
 HEADLINE = ("{}", "{} + BN", "BNP({})")
@@ -256,25 +257,25 @@ def tuning(names: Sequence[str], quick: bool) -> list[Trial]:
     ]
 
 
-def experiment(name: str, settings: Sequence[str], seeds: Sequence[int] = trials.SEEDS) -> trials.Experiment:
+def experiment(name: str, settings: Sequence[str], **options: Any) -> trials.Experiment:
     """Returns an experiment, whose table says what every method reached, larger batches first."""
 
-    def report(outcomes: Sequence[trials.Outcome]) -> trials.Report:
-        def place(outcome: trials.Outcome) -> tuple[int, int, int]:
+    def report(outcomes: Sequence[protocol.Outcome]) -> trials.Report:
+        def place(outcome: protocol.Outcome) -> tuple[int, int, int]:
             methods = list(method_names(SETTINGS[outcome.setting].kinds))
             return settings.index(outcome.setting), -outcome.batch_size, methods.index(outcome.method)
 
         ordered = sorted(outcomes, key=place)
-        return {name: trials.accuracy_table(ordered)}, {}
+        return {name: protocol.accuracy_table(ordered)}, {}
 
-    return trials.Experiment(functools.partial(tuning, settings), task, report, seeds=seeds)
+    return trials.Experiment(functools.partial(tuning, settings), task, report, **({"refined": True} | options))
 
 
 EXPERIMENTS: dict[str, trials.Experiment] = {
     "e8_defaults": trials.Experiment(
         functools.partial(tuning, ["a quarter of an epoch"]),
         task,
-        lambda outcomes: ({"e8_defaults": trials.validation_table(outcomes)}, {}),
+        lambda outcomes: ({"e8_defaults": protocol.validation_table(outcomes)}, {}),
         seeds=(),
     ),
     "e8": experiment("e8", ["5-layer CNN", "fully connected 3x100"]),
@@ -282,7 +283,7 @@ EXPERIMENTS: dict[str, trials.Experiment] = {
     "e9": experiment("e9", ["5-layer CNN, ten epochs"]),
     "e10": experiment("e10", ["5-layer CNN, gray images"]),
     "e11": experiment("e11", ["5-layer CNN, large batches"]),
-    "e3_resnet20": experiment("e3_resnet20", ["ResNet-20, five epochs"], seeds=(1,)),
+    "e3_resnet20": experiment("e3_resnet20", ["ResNet-20, five epochs"], seeds=(1,), refined=False),
 }
 
 

@@ -14,10 +14,11 @@ from matplotlib.figure import Figure
 import figures
 import language_model
 import optimizers
+import protocol
 import runs
 import tables
 import trials
-from trials import Outcome
+from protocol import Outcome
 
 HEADERS = {
     "{}": "alone",
@@ -38,10 +39,10 @@ STYLES: dict[str, dict[str, Any]] = {
 LOWEST = 50.0  # percent, where the axes of accuracies begin
 
 
-def final_accuracies(outcomes: Sequence[Outcome]) -> dict[trials.Cell, np.ndarray]:
+def final_accuracies(outcomes: Sequence[Outcome]) -> dict[protocol.Cell, np.ndarray]:
     """Returns the test accuracies of the seeds at the best rate, by cell; cells without any are left out."""
-    cells = {cell: trials.at_best_rate(own) for cell, own in trials.by_cell(outcomes).items()}
-    return {cell: trials.accuracies_in_test(final) for cell, final in cells.items() if final}
+    cells = {cell: protocol.at_best_rate(own) for cell, own in protocol.by_cell(outcomes).items()}
+    return {cell: protocol.accuracies_in_test(final) for cell, final in cells.items() if final}
 
 
 def summary_table(outcomes: Sequence[Outcome]) -> str:

@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 
 import bnp_optax as bnp
 import figures
+import protocol
 import tables
 import trials
 from bnp_optax.contrib import psi_sgd
-from trials import Outcome, Trial
+from protocol import Outcome, Trial
 
 WIDTH, CLASSES, BATCH_SIZE = 128, 10, 128
 STEPS, QUICK_STEPS = 840, 30  # two epochs of MNIST
@@ -113,7 +114,7 @@ def tuning(quick: bool) -> list[Trial]:
 
 def report(outcomes: Sequence[Outcome]) -> trials.Report:
     """Returns what every method reaches, and its loss at the same rates from every start."""
-    texts = {"psi_sgd": trials.accuracy_table(outcomes), "psi_sgd_losses": losses_table(outcomes)}
+    texts = {"psi_sgd": protocol.accuracy_table(outcomes), "psi_sgd_losses": losses_table(outcomes)}
     return texts, {"psi_sgd": by_rate(outcomes)}
 
 

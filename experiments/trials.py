@@ -1,13 +1,13 @@
 """Trainings of the methods of ``bnp_optax.contrib``, each a row of a CSV file.
 
 Every experiment compares methods in several settings. One run at each learning rate of one grid, with seed 0, lets the
-validation images choose a rate; runs with the other seeds at that rate alone read the test images.
+validation images choose a rate; runs with the other seeds at that rate alone read the test images. Some experiments
+refine the grid around each method's best rate before, all by one rule.
 """
 
 import argparse
 import dataclasses
 import functools
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,68 +24,15 @@ from matplotlib.figure import Figure
 
 import bnp_optax as bnp
 import images
+import protocol
 import runs
 import sweeps
-import tables
+from protocol import Outcome, Trial
 
 SEEDS, QUICK_SEEDS = (1, 2, 3), (1,)
 EVALUATION_BATCH = 500
 
 load = functools.cache(images.load)
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """Everything that determines a training, beside the program of its experiment.
-
-    Attributes:
-      data: the set of images.
-      setting: what is trained on what, in the words of the experiment's table.
-      method: how it is trained, likewise.
-      batch_size: examples a step.
-      rate: the learning rate.
-      steps: how many.
-      seed: of the initial weights and the batches; 0 is for choosing the rate, and does not read the test images.
-    """
-
-    data: str
-    setting: str
-    method: str
-    batch_size: int
-    rate: float
-    steps: int
-    seed: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome(Trial):
-    """What came out of a training.
-
-    Attributes:
-      commit: of the code.
-      seconds: wall time, compilation included.
-      train_loss: mean over the last tenth of the steps, in nats; not finite if the training diverged.
-      validation_accuracy: at the end, in percent.
-      test_accuracy: at the end, in percent; nan where the test set was not read.
-      measure: what else the experiment measures; nan where it measures nothing.
-    """
-
-    commit: str
-    seconds: float
-    train_loss: float
-    validation_accuracy: float
-    test_accuracy: float
-    measure: float
-
-    @property
-    def trial(self) -> Trial:
-        """The training."""
-        return runs.part(self, Trial)
-
-    @property
-    def diverged(self) -> bool:
-        """Whether the loss stopped being finite."""
-        return not math.isfinite(self.train_loss)
 
 
 def epochs(trial: Trial, split: images.Split) -> Iterator[images.Split]:
@@ -180,6 +127,7 @@ class Experiment(NamedTuple):
         and adds it to a CSV file of its own in the folder.
       also_report: ``(all outcomes, folder of the results)``: makes tables and figures of that file.
       seeds: that read the test images at the best rates.
+      refined: whether each method's grid is closed and refined around its best rate, as ``refined`` does.
     """
 
     tuning: Callable[[bool], list[Trial]]
@@ -189,6 +137,7 @@ class Experiment(NamedTuple):
     also: Callable[[Path, Path, bool], None] = lambda results, data_dir, quick: None
     also_report: Callable[[Sequence[Outcome], Path], Report] = lambda outcomes, results: ({}, {})
     seeds: Sequence[int] = SEEDS
+    refined: bool = False
 
 
 @functools.cache
@@ -284,7 +233,13 @@ def run(experiment: Experiment, output: Path, data_dir: Path, quick: bool = Fals
 
     seeds = experiment.seeds[:1] if quick else experiment.seeds
     tuning = sweep(experiment.tuning(quick))
-    final = [dataclasses.replace(best(own).trial, seed=seed) for own in by_cell(tuning).values() for seed in seeds]
+    if experiment.refined and not quick:
+        tuning = protocol.refined(tuning, sweep)
+    final = [
+        dataclasses.replace(protocol.best(own).trial, seed=seed)
+        for own in protocol.by_cell(tuning).values()
+        for seed in seeds
+    ]
     outcomes = tuning + sweep(list(dict.fromkeys([*final, *experiment.further(quick)])))
     experiment.also(output.parent, data_dir, quick)
     return outcomes
@@ -337,88 +292,3 @@ def main(description: str, experiments: Mapping[str, Experiment], argv: list[str
         outcomes = run(experiments[name], args.results / f"{name}.csv", args.data_dir, args.quick, args.workers)
         for title, table in report(experiments[name], outcomes, args.results)[0].items():
             rich.print(f"\n{title}\n\n{table}")
-
-
-Cell = tuple[str, str, int, str]  # data, setting, batch size, method
-
-
-def by_cell(outcomes: Sequence[Outcome]) -> dict[Cell, list[Outcome]]:
-    """Groups outcomes that differ in rate and seed alone."""
-    cells: dict[Cell, list[Outcome]] = {}
-    for outcome in outcomes:
-        cells.setdefault((outcome.data, outcome.setting, outcome.batch_size, outcome.method), []).append(outcome)
-    return cells
-
-
-def best(tuning: Sequence[Outcome]) -> Outcome:
-    """Returns the outcome with the highest validation accuracy; of equal ones that with the lowest rate."""
-    return min(tuning, key=lambda outcome: (outcome.diverged, -outcome.validation_accuracy, outcome.rate))
-
-
-def at_best_rate(cell: Sequence[Outcome]) -> list[Outcome]:
-    """Returns the outcomes of a cell that read the test images, at the rate that is best in validation."""
-    rate = best([outcome for outcome in cell if outcome.seed == 0]).rate
-    return [outcome for outcome in cell if outcome.seed and outcome.rate == rate]
-
-
-def accuracies_in_test(final: Sequence[Outcome]) -> np.ndarray:
-    """Returns test accuracies in percent; what diverged guesses."""
-    return np.array([tables.CHANCE if outcome.diverged else outcome.test_accuracy for outcome in final])
-
-
-def accuracy_table(outcomes: Sequence[Outcome]) -> str:
-    """Returns a row a cell: test accuracy at the rate that is best in validation, and the window of good rates.
-
-    A cell whose runs at the best rate are still to come is left out.
-    """
-    rows = []
-    for (data, setting, batch_size, method), own in by_cell(outcomes).items():
-        tuning = [outcome for outcome in own if outcome.seed == 0]
-        rate, final = best(tuning).rate, at_best_rate(own)
-        if not final:
-            continue
-        tests = accuracies_in_test(final)
-        losses = [outcome.train_loss for outcome in final]
-        good = window(tuning)
-        diverged = f"{sum(outcome.diverged for outcome in tuning)} of {len(tuning)}"
-        edge = " (edge of the grid)" if rate in (min(o.rate for o in tuning), max(o.rate for o in tuning)) else ""
-        rows.append(
-            [
-                tables.DATA_NAMES[data],
-                setting,
-                str(batch_size),
-                method,
-                f"{tests.mean():.1f}",
-                tables.range_text(tests),
-                f"{np.mean(losses):.3f}",
-                f"{rate:g}{edge}",
-                tables.window_text(*good),
-                diverged,
-            ]
-        )
-    header = ["data", "setting", "batch", "method", "test accuracy", "range", "train loss", "rate", "window"]
-    return tables.markdown([*header, "diverged"], rows)
-
-
-def validation_table(outcomes: Sequence[Outcome]) -> str:
-    """Returns a row a cell: validation accuracy at every rate, with seed 0; the highest of a row is bold."""
-    tuning = [outcome for outcome in outcomes if outcome.seed == 0]
-    rates = sorted({outcome.rate for outcome in tuning})
-    rows = []
-    for (data, setting, batch_size, method), own in by_cell(tuning).items():
-        texts = {o.rate: f"{tables.CHANCE if o.diverged else o.validation_accuracy:.1f}" for o in own}
-        texts[best(own).rate] = f"**{texts[best(own).rate]}**"
-        row = [tables.DATA_NAMES[data], setting, str(batch_size), method]
-        rows.append([*row, *(texts.get(rate, "") for rate in rates)])
-    return tables.markdown(["data", "setting", "batch", "method", *(f"{rate:g}" for rate in rates)], rows)
-
-
-def window(tuning: Sequence[Outcome], margin: float = 1.0) -> tuple[float, float]:
-    """Returns the lowest and highest rate around the best whose validation accuracy is within ``margin`` of its own."""
-    ordered = sorted(tuning, key=lambda outcome: outcome.rate)
-    accuracies = [0.0 if outcome.diverged else outcome.validation_accuracy for outcome in ordered]
-    top = accuracies.index(max(accuracies))
-    good = [accuracy >= accuracies[top] - margin for accuracy in accuracies]
-    above = len(list(itertools.takewhile(bool, good[top + 1 :])))
-    below = len(list(itertools.takewhile(bool, good[:top][::-1])))
-    return ordered[top - below].rate, ordered[top + above].rate

@@ -20,10 +20,11 @@ from matplotlib.figure import Figure
 import bnp_optax as bnp
 import figures
 import models
+import protocol
 import tables
 import trials
 from bnp_optax.contrib import effective, effective_learning_rates, scale_by_critical_learning_rate, spread
-from trials import Outcome, Trial
+from protocol import Outcome, Trial
 
 DEPTHS, WIDTH, CLASSES, BATCH_SIZE = (20, 40), 128, 10, 128
 STEPS, QUICK_STEPS, QUICK_DEPTH = 800, 20, 5
@@ -137,7 +138,7 @@ def further(quick: bool) -> list[Trial]:
 
 def report(outcomes: Sequence[Outcome]) -> trials.Report:
     """Returns what the methods reach at their best rates, and at the highest ones."""
-    texts = {"warm_up": trials.accuracy_table(outcomes), "warm_up_high": high_rates_table(outcomes)}
+    texts = {"warm_up": protocol.accuracy_table(outcomes), "warm_up_high": high_rates_table(outcomes)}
     return texts, {"warm_up": by_rate(outcomes)}
 
 
@@ -145,7 +146,7 @@ def high_rates_table(outcomes: Sequence[Outcome]) -> str:
     """Returns accuracy, loss and mean spread at the highest rates, over the seeds that read the test images."""
     lines = []
     for rate in sorted({outcome.rate for outcome in outcomes})[-NUM_HIGHEST:]:
-        for (_, name, _, method), cell in trials.by_cell(outcomes).items():
+        for (_, name, _, method), cell in protocol.by_cell(outcomes).items():
             own = [outcome for outcome in cell if outcome.rate == rate and outcome.seed]
             tests = np.array([tables.CHANCE if outcome.diverged else outcome.test_accuracy for outcome in own])
             losses, spreads = (np.array([getattr(o, field) for o in own]) for field in ("train_loss", "measure"))

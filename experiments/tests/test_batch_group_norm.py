@@ -7,7 +7,7 @@ import pytest
 import batch_group_norm
 import methods
 import methods_report
-from trials import Trial
+from protocol import Trial
 
 
 def test_the_experiment_in_a_short_form(tmp_path, capsys):

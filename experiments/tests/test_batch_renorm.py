@@ -10,7 +10,7 @@ import batch_renorm
 import images
 import methods
 import methods_report
-from trials import Trial
+from protocol import Trial
 
 
 def test_the_experiment_in_a_short_form(tmp_path, capsys):

@@ -14,6 +14,7 @@ import methods
 import methods_report
 import runs
 import trials
+from protocol import Outcome
 
 
 def test_every_method_gets_the_rates_of_its_optimizer():
@@ -101,7 +102,7 @@ def test_the_loss_along_a_step_is_that_of_the_training():
 
 
 def make_outcome(rate, accuracy, seed, loss=0.1):
-    return trials.Outcome("digits", "4 layers of 100", "SGD", 128, rate, 30, seed, "abc", 1.0, loss, accuracy, 0.0, 0.0)
+    return Outcome("digits", "4 layers of 100", "SGD", 128, rate, 30, seed, "abc", 1.0, loss, accuracy, 0.0, 0.0)
 
 
 def test_largest_rates_are_those_of_seeds_with_the_whole_grid():

@@ -12,7 +12,7 @@ import images
 import optimizers
 import runs
 import trials
-from trials import Outcome, Trial
+from protocol import Outcome, Trial
 
 ANY_TRIAL = Trial("digits", "5-layer CNN", "Adam", 16, 0.1, 20, 0)
 

@@ -11,7 +11,7 @@ import methods
 import methods_report
 import normalizer_free
 from normalizer_free import BLOCKS, CLIPPING, METHODS, Network, make_optimizer
-from trials import Trial
+from protocol import Trial
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(64, 8, 8, 1)), jnp.float32)
 

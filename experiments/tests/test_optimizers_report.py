@@ -9,7 +9,7 @@ import pytest
 import language_model
 import optimizers_report
 import runs
-from trials import Outcome, Trial
+from protocol import Outcome, Trial
 
 ANY_TRIAL = Trial("cifar-10", "5-layer CNN", "Adam", 4, 0.001, 100, 0)
 

@@ -7,7 +7,7 @@ import numpy as np
 import methods
 import methods_report
 import psi_sgd
-from trials import Trial
+from protocol import Trial
 
 METHODS = ("SGD", "PSI-SGD")
 

@@ -13,9 +13,11 @@ import pytest
 from matplotlib.figure import Figure
 
 import images
+import protocol
 import runs
 import trials
-from trials import Experiment, Outcome, Task, Trial
+from protocol import Outcome, Trial
+from trials import Experiment, Task
 
 ANY_TRIAL = Trial("digits", "linear", "SGD", 32, 0.1, 20, 0)
 RATES = (0.03, 0.1, 1e38)  # with the last it diverges
@@ -46,17 +48,10 @@ def tuning(quick):
 
 
 def report(outcomes):
-    return {"table": trials.accuracy_table(outcomes)}, {}
+    return {"table": protocol.accuracy_table(outcomes)}, {}
 
 
 EXPERIMENT = Experiment(tuning, make_task, report)
-
-
-def make_outcome(rate, accuracy, loss=0.1, test=None, **changes):
-    trial = dataclasses.replace(ANY_TRIAL, rate=rate, **changes)
-    test = math.nan if test is None else test
-    return Outcome(**dataclasses.asdict(trial), commit="abc", seconds=1.0, train_loss=loss,
-                   validation_accuracy=accuracy, test_accuracy=test, measure=math.nan)  # fmt: skip
 
 
 def test_epochs_have_every_example_once_and_other_orders():
@@ -108,64 +103,13 @@ def test_a_training_that_diverges_ends_early():
     assert len(seen) < 10
 
 
-def test_the_best_has_the_highest_accuracy_then_the_lowest_rate_and_did_not_diverge():
-    tuning = [
-        make_outcome(0.3, 90.0),
-        make_outcome(0.1, 90.0),
-        make_outcome(1.0, 95.0, math.nan),
-        make_outcome(0.03, 80.0),
-    ]
-    for order in itertools.permutations(tuning):
-        assert trials.best(order).rate == 0.1
-
-
-@pytest.mark.parametrize(
-    ("accuracies", "expected"),
-    [
-        ([80, 90, 89.5, 70], (0.1, 0.3)),
-        ([90, 90, 88, 89.9], (0.03, 0.1)),  # the last one is no neighbour
-        ([89.9, 80, 90, 85], (0.3, 0.3)),  # nor the first
-        ([10, 20, 30, 40], (1.0, 1.0)),
-        ([50, 50, 50, 50], (0.03, 1.0)),
-        ([89, 90, 89, 88], (0.03, 0.3)),
-    ],
-)
-def test_windows_are_neighbours_of_the_best(accuracies, expected):
-    rates = (0.03, 0.1, 0.3, 1.0)
-    tuning = [make_outcome(rate, accuracy) for rate, accuracy in zip(rates, accuracies, strict=True)]
-    assert trials.window(tuning[::-1]) == expected
-    diverged = [dataclasses.replace(outcome, train_loss=math.inf) for outcome in tuning[2:]]
-    high = trials.window([*tuning[:2], *diverged])[1]
-    assert high <= 0.1
-
-
-def test_cells_differ_in_more_than_rate_and_seed():
-    outcomes = [make_outcome(0.1, 90.0), make_outcome(0.3, 80.0, seed=2), make_outcome(0.1, 70.0, method="BN")]
-    outcomes += [make_outcome(0.1, 60.0, batch_size=8), make_outcome(0.1, 50.0, setting="deep")]
-    cells = trials.by_cell(outcomes)
-    assert [len(own) for own in cells.values()] == [2, 1, 1, 1]
-    assert next(iter(cells)) == ("digits", "linear", 32, "SGD")
-
-
-def test_the_table_reads_the_test_at_the_best_rate_alone():
-    outcomes = [make_outcome(0.03, 85.0), make_outcome(0.1, 90.0), make_outcome(0.3, 20.0, math.nan)]
-    outcomes += [make_outcome(0.1, 0.0, 0.2, test, seed=seed) for seed, test in ((1, 91.0), (2, 93.0))]
-    outcomes += [make_outcome(0.1, 0.0, 0.5, 92.0, seed=3), make_outcome(0.03, 99.0, 0.1, 99.0, seed=1)]
-    row = trials.accuracy_table(outcomes).splitlines()[-1]
-    assert row == "| digits | linear | 32 | SGD | 92.0 | 91.0 to 93.0 | 0.300 | 0.1 | 0.1 | 1 of 3 |"
-    outcomes[-2] = make_outcome(0.1, 0.0, math.inf, 99.0, seed=3)  # what diverged guesses
-    assert "| 64.7 | 10.0 to 93.0 |" in trials.accuracy_table(outcomes)
-    assert trials.accuracy_table([*outcomes, make_outcome(0.1, 90.0, method="B")]) == trials.accuracy_table(outcomes)
-    assert "| 0.1 (edge of the grid) |" in trials.accuracy_table([*outcomes[1:2], *outcomes[3:]])
-
-
 def test_the_protocol(tmp_path):
     """Seed 0 at every rate, then the others at the best, and what is asked for beside that, each once."""
     further = [dataclasses.replace(ANY_TRIAL, method="A", rate=rate, seed=3) for rate in RATES[:2]]
     experiment = EXPERIMENT._replace(further=lambda quick: further)
     outcomes = trials.run(experiment, tmp_path / "new" / "x.csv", Path())
     assert [outcome.trial for outcome in outcomes[:6]] == tuning(quick=False)
-    chosen = {method: trials.best([o for o in outcomes[:6] if o.method == method]).rate for method in "AB"}
+    chosen = {method: protocol.best([o for o in outcomes[:6] if o.method == method]).rate for method in "AB"}
     rest = [outcome.trial for outcome in outcomes[6:]]
     assert len(rest) == len(set(rest))
     expected = {dataclasses.replace(ANY_TRIAL, method=m, rate=chosen[m], seed=seed) for m in "AB" for seed in (1, 2, 3)}
@@ -177,6 +121,21 @@ def test_the_protocol(tmp_path):
     assert all(math.isnan(row.test_accuracy) == (row.seed == 0) for row in rows)
     quick = trials.run(EXPERIMENT, tmp_path / "quick.csv", Path(), quick=True)
     assert {(outcome.steps, outcome.seed) for outcome in quick} == {(5, 0), (5, 1)}
+
+
+def test_a_refined_grid(tmp_path):
+    """The other seeds run at the best rate of all, and what is run again runs nothing."""
+    experiment = EXPERIMENT._replace(tuning=lambda quick: tuning(quick)[:3], refined=True)
+    outcomes = trials.run(experiment, tmp_path / "x.csv", Path())
+    alone = [outcome for outcome in outcomes if outcome.seed == 0]
+    assert [outcome.rate for outcome in alone[:3]] == list(RATES)
+    assert len({outcome.rate for outcome in alone}) == len(alone) > 4
+    assert {(o.rate, o.seed) for o in outcomes if o.seed} == {(protocol.best(alone).rate, seed) for seed in (1, 2, 3)}
+    rows = (tmp_path / "x.csv").read_text()
+    assert [o.trial for o in trials.run(experiment, tmp_path / "x.csv", Path())] == [o.trial for o in outcomes]
+    assert (tmp_path / "x.csv").read_text() == rows
+    quick = trials.run(experiment, tmp_path / "quick.csv", Path(), quick=True)
+    assert {outcome.rate for outcome in quick} == set(RATES)
 
 
 def test_a_sweep_continues_where_it_stopped(tmp_path, monkeypatch):
@@ -231,17 +190,6 @@ def test_what_is_measured_beside_the_trainings(tmp_path):
     texts, drawn = trials.report(experiment, outcomes, tmp_path)
     assert (texts["more"], set(texts), set(drawn)) == (f"{len(outcomes)} more", {"table", "more"}, {"drawn"})
     assert trials.report(EXPERIMENT, outcomes, tmp_path)[0] == report(outcomes)[0]
-
-
-def test_the_validation_table_has_a_column_a_rate():
-    outcomes = [make_outcome(0.1, 90.0), make_outcome(0.3, 91.0), make_outcome(0.3, 95.0, seed=1)]
-    outcomes += [make_outcome(0.1, 80.0, method="BN"), make_outcome(1.0, 90.0, math.nan, method="BN")]
-    lines = trials.validation_table(outcomes).splitlines()
-    assert lines[0] == "| data | setting | batch | method | 0.1 | 0.3 | 1 |"
-    assert lines[2:] == [
-        "| digits | linear | 32 | SGD | 90.0 | **91.0** |  |",
-        "| digits | linear | 32 | BN | **80.0** |  | 10.0 |",
-    ]
 
 
 def test_an_experiment_may_leave_the_test_images_unread(tmp_path):

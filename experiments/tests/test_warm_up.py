@@ -10,7 +10,7 @@ import methods
 import methods_report
 import warm_up
 from bnp_optax.contrib import effective_learning_rates, spread
-from trials import Trial
+from protocol import Trial
 
 
 def test_the_experiment_in_a_short_form(tmp_path, capsys):
