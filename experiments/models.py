@@ -15,6 +15,8 @@ import optax.contrib
 # Or a function of whether it is trained, which returns what is applied.
 Normalization = Literal["bn", "gn", "ln", "none"] | Callable[[bool], Callable[[jax.Array], Any]]
 
+RUNNING_MOMENTUM = 0.9  # of BN's statistics: Flax's 0.99 lags behind the weights, see results/optimizers.md
+
 he_normal = nn.initializers.he_normal()
 
 
@@ -22,7 +24,7 @@ def normalize(kind: Normalization, group_size: int, train: bool, x: jax.Array) -
     """Applies the normalization layer of that kind, in a compact module."""
     match kind:
         case "bn":
-            return nn.BatchNorm(use_running_average=not train)(x)
+            return nn.BatchNorm(use_running_average=not train, momentum=RUNNING_MOMENTUM)(x)
         case "gn":
             return nn.GroupNorm(num_groups=None, group_size=group_size)(x)
         case "ln":

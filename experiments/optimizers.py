@@ -34,7 +34,6 @@ MOMENTUM = 0.9
 ADAM_FACTOR = 0.1  # of Adam's learning rate, for what is no kernel, by Muon's
 GROUP_SIZE, MLP_GROUP_SIZE = 8, 10  # of GN: channels, units
 EPOCH = 51_200  # examples, about those of CIFAR-10 and of MNIST
-RUNNING_MOMENTUM = 0.9  # of BN's statistics, better than Flax's 0.99: see "e8_defaults"
 OPTIMIZERS = ("Momentum", "Adam", "Muon")
 KINDS = ("{}", "{} + BN", "{} + BRN", "{} + GN", "scale_by_bnp, {}", "BNP({})")  # of methods, with an optimizer's name
 HEADLINE = ("{}", "{} + BN", "BNP({})")
@@ -177,7 +176,7 @@ def make_normalization(name: str, steps: int) -> models.Normalization:
     groups a channel, each of a quarter of its positions.
     """
     name, _, other_momentum = name.partition(", momentum=")
-    momentum = float(other_momentum or RUNNING_MOMENTUM)
+    momentum = float(other_momentum or models.RUNNING_MOMENTUM)
     limits = contrib.ramp(hold=steps // 20, r_end=steps * 2 // 5, d_end=steps // 4)
 
     def normalize(train: bool) -> Callable[[jax.Array], Any]:
