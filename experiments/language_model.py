@@ -1,9 +1,10 @@
 """A character-level transformer by SGD with momentum, Adam and Muon, each alone and in BNP's variables.
 
 A small causal language model, its blocks stacked by ``nn.scan``, learns Python's own documentation, with LayerNorms and
-without. The learning rate falls to zero along half a cosine. One run at each rate of an optimizer's grid, with seed 0,
-chooses the rate by its loss on one half of the held-out text; runs with other seeds at that rate read the other half.
-In BNP's variables these are run once more with fewer steps, to see whether they end where the optimizer alone does.
+without. The learning rate falls to zero along half a cosine. One run at each rate of a grid, refined around each
+method's best, chooses the rate by its loss on one half of the held-out text, with seed 0; runs with other seeds at that
+rate read the other half. In BNP's variables these are run once more with fewer steps, to see whether they end where the
+optimizer alone does.
 
 The text is what ``help("while")`` and its like print, English with code. It comes with Python, as the data of the
 standard library's ``pydoc_data.topics``, so nothing is downloaded; it varies a little between versions of Python.
@@ -26,6 +27,8 @@ import optax
 import optax.contrib
 
 import bnp_optax as bnp
+import optimizers
+import protocol
 import runs
 import sweeps
 
@@ -36,11 +39,10 @@ EVALUATIONS = 30  # along a run, evenly spaced
 SEEDS, QUICK_SEEDS = (1, 2, 3), (1,)
 NETWORKS = ("LayerNorm", "no normalization")
 RATES = {
-    "Momentum": (0.1, 0.3, 1.0, 3.0),
+    "Momentum": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
     "Adam": (0.001, 0.003, 0.01, 0.03),
     "Muon": (0.003, 0.01, 0.03, 0.1),
 }
-MUON_ADAM_FACTOR = 0.1  # of Adam's learning rate, for what is no kernel, by Muon's
 
 State = tuple[optax.Params, optax.OptState]
 Splits = tuple[np.ndarray, np.ndarray, np.ndarray]  # training, validation, test
@@ -145,9 +147,11 @@ def kernel_matrices(params: optax.Params) -> Any:
 
 # All multiply by the learning rate last. That is left to the step, so that it is compiled once for the whole grid.
 OPTIMIZERS = {
-    "Momentum": optax.sgd(1.0, momentum=0.9),
+    "Momentum": optax.sgd(1.0, momentum=optimizers.MOMENTUM),
     "Adam": optax.adam(1.0),
-    "Muon": optax.contrib.muon(1.0, adam_learning_rate=MUON_ADAM_FACTOR, muon_weight_dimension_numbers=kernel_matrices),
+    "Muon": optax.contrib.muon(
+        1.0, adam_learning_rate=optimizers.ADAM_FACTOR, muon_weight_dimension_numbers=kernel_matrices
+    ),
 }
 METHODS = {kind.format(name): name for name in OPTIMIZERS for kind in ("{}", "BNP({})")}  # of which optimizer
 
@@ -193,6 +197,11 @@ class Outcome(Trial):
         return runs.part(self, Trial)
 
     @property
+    def diverged(self) -> bool:
+        """Whether the loss at the end is not finite."""
+        return not math.isfinite(self.validation[-1])
+
+    @property
     def validation(self) -> np.ndarray:
         """The validation losses; infinite where they were not finite."""
         losses = np.array(self.curve.split(), float)
@@ -236,9 +245,9 @@ def train(trial: Trial, advance: Callable[[int], None] = lambda _: None) -> Outc
     )
 
 
-def best_rate(tuning: Sequence[Outcome]) -> float:
-    """Returns the learning rate with the lowest validation loss at the end; of equal ones the lowest."""
-    return min(tuning, key=lambda outcome: (outcome.validation[-1], outcome.rate)).rate
+def best(tuning: Sequence[Outcome]) -> Outcome:
+    """Returns the outcome with the lowest validation loss at the end; of equal ones that with the lowest rate."""
+    return min(tuning, key=lambda outcome: (outcome.validation[-1], outcome.rate))
 
 
 def cells(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
@@ -282,11 +291,9 @@ def run(output: Path, quick: bool = False, workers: int = 1) -> list[Outcome]:
             for rate in (RATES[name][1:2] if quick else RATES[name])
         ]
     )
-    final = [
-        Trial(network, method, best_rate(own), steps, seed)
-        for (network, method), own in cells(tuning).items()
-        for seed in seeds
-    ]
+    if not quick:
+        tuning = protocol.refined(tuning, sweep, cells, best)
+    final = [dataclasses.replace(best(own).trial, seed=seed) for own in cells(tuning).values() for seed in seeds]
     shorter = [dataclasses.replace(trial, steps=SHORTER_STEPS) for trial in final if trial.method not in OPTIMIZERS]
     return tuning + sweep(final + ([] if quick else shorter))
 

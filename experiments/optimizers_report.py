@@ -134,7 +134,7 @@ def language_model_table(outcomes: Sequence[language_model.Outcome]) -> str:
     rows = []
     for (network, method), own in cells.items():
         tuning = [outcome for outcome in own if not outcome.seed]
-        rate, steps = language_model.best_rate(tuning), tuning[0].steps
+        rate, steps = language_model.best(tuning).rate, tuning[0].steps
         final = {o.seed: o for o in own if o.seed and (o.rate, o.steps) == (rate, steps)}
         if not final:
             continue
@@ -151,7 +151,7 @@ def language_model_table(outcomes: Sequence[language_model.Outcome]) -> str:
             rows.append([*row, "", "", ""])
             continue
         of_alone = cells[network, alone]
-        alone_rate = language_model.best_rate([o for o in of_alone if not o.seed])
+        alone_rate = language_model.best([o for o in of_alone if not o.seed]).rate
         targets = {o.seed: o for o in of_alone if o.seed and o.rate == alone_rate}
         parts = np.array([part_of_steps(final[seed].validation, targets[seed].validation[-1]) for seed in final])
         time_ratio = milliseconds / np.median([target.milliseconds for target in targets.values()])
@@ -193,7 +193,7 @@ def along_training(outcomes: Sequence[language_model.Outcome]) -> Figure:
             own = [o for o in outcomes if (o.network, o.method) == (network, method)]
             tuning = [outcome for outcome in own if not outcome.seed]
             final = [
-                o for o in own if o.seed and o.steps == tuning[0].steps and o.rate == language_model.best_rate(tuning)
+                o for o in own if o.seed and o.steps == tuning[0].steps and o.rate == language_model.best(tuning).rate
             ]
             if not final:
                 continue

@@ -3,7 +3,8 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -65,6 +66,24 @@ class Outcome(Trial):
         return not math.isfinite(self.train_loss)
 
 
+class Tried(Protocol):
+    """A training at a learning rate, as far as it matters to which rates come next."""
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it failed."""
+
+    @property
+    def trial(self) -> Any:
+        """What was trained, a dataclass with the field ``rate``."""
+
+
+T = TypeVar("T", bound=Tried)
+
 Cell = tuple[str, str, int, str]  # data, setting, batch size, method
 
 
@@ -92,7 +111,12 @@ def accuracies_in_test(final: Sequence[Outcome]) -> np.ndarray:
     return np.array([tables.CHANCE if outcome.diverged else outcome.test_accuracy for outcome in final])
 
 
-def refined(grid: list[Outcome], sweep: Callable[[list[Trial]], list[Outcome]]) -> list[Outcome]:
+def refined(
+    grid: Sequence[T],
+    sweep: Callable[[list[Any]], list[T]],
+    cells: Callable[[Sequence[T]], Mapping[Any, Sequence[T]]],
+    best: Callable[[Sequence[T]], T],
+) -> list[T]:
     """Runs every method of a grid at further rates, by one rule for all of them.
 
     Where the best rate is an end of the grid, the grid goes on by its last step until that is no longer so, or nothing
@@ -101,31 +125,33 @@ def refined(grid: list[Outcome], sweep: Callable[[list[Trial]], list[Outcome]]) 
     Args:
       grid: trainings with one seed, at more than one rate.
       sweep: runs trainings.
+      cells: groups those that differ in their rate alone.
+      best: chooses among these.
 
     Returns:
       All trainings of the methods, those of the grid first.
     """
     outcomes = list(grid)
-    while ends := [trial for own in by_cell(outcomes).values() for trial in beyond(own)]:
+    while ends := [trial for own in cells(outcomes).values() for trial in beyond(own, best(own))]:
         outcomes += sweep(ends)
-    return outcomes + sweep([trial for own in by_cell(outcomes).values() for trial in halfway(own)])
+    return outcomes + sweep([trial for own in cells(outcomes).values() for trial in halfway(own, best(own))])
 
 
-def beyond(cell: Sequence[Outcome]) -> list[Trial]:
+def beyond(cell: Sequence[Tried], best: Tried) -> list[Any]:
     """Returns the training a step further than the end of a grid, where that is the best."""
-    top, rates = best(cell), sorted(outcome.rate for outcome in cell)
+    rates = sorted(outcome.rate for outcome in cell)
     neighbours = {rates[0]: rates[1], rates[-1]: rates[-2]}
-    if top.diverged or top.rate not in neighbours:
+    if best.diverged or best.rate not in neighbours:
         return []
-    return [dataclasses.replace(top.trial, rate=rounded(top.rate**2 / neighbours[top.rate]))]
+    return [dataclasses.replace(best.trial, rate=rounded(best.rate**2 / neighbours[best.rate]))]
 
 
-def halfway(cell: Sequence[Outcome]) -> list[Trial]:
+def halfway(cell: Sequence[Tried], best: Tried) -> list[Any]:
     """Returns the trainings between the best of a grid and its neighbours."""
-    top, rates = best(cell), sorted(outcome.rate for outcome in cell)
-    place = rates.index(top.rate)
+    rates = sorted(outcome.rate for outcome in cell)
+    place = rates.index(best.rate)
     neighbours = rates[max(place - 1, 0) : place] + rates[place + 1 : place + 2]
-    return [dataclasses.replace(top.trial, rate=rounded(math.sqrt(top.rate * rate))) for rate in neighbours]
+    return [dataclasses.replace(best.trial, rate=rounded(math.sqrt(best.rate * rate))) for rate in neighbours]
 
 
 def rounded(rate: float) -> float:

@@ -234,7 +234,7 @@ def run(experiment: Experiment, output: Path, data_dir: Path, quick: bool = Fals
     seeds = experiment.seeds[:1] if quick else experiment.seeds
     tuning = sweep(experiment.tuning(quick))
     if experiment.refined and not quick:
-        tuning = protocol.refined(tuning, sweep)
+        tuning = protocol.refined(tuning, sweep, protocol.by_cell, protocol.best)
     final = [
         dataclasses.replace(protocol.best(own).trial, seed=seed)
         for own in protocol.by_cell(tuning).values()

@@ -35,8 +35,9 @@ def test_the_best_rate_is_that_of_the_lowest_finite_loss():
         return Outcome("LayerNorm", "Adam", rate, 3, 0, "abc", 1.0, curve, np.nan)
 
     tuning = [outcome(0.3, "3.0 2.0"), outcome(0.1, "3.0 2.0"), outcome(0.03, "3.0 2.5"), outcome(1.0, "1.0 nan")]
-    assert language_model.best_rate(tuning) == 0.1
+    assert language_model.best(tuning).rate == 0.1
     assert tuning[-1].validation[-1] == np.inf
+    assert [own.diverged for own in tuning] == [False, False, False, True]
     assert tuning[0].trial == Trial("LayerNorm", "Adam", 0.3, 3, 0)
 
 

@@ -99,7 +99,7 @@ def refine(accuracy, **changes):
         assert all(trial == dataclasses.replace(ANY_TRIAL, rate=trial.rate, **changes) for trial in todo)
         return [outcome(trial.rate) for trial in todo]
 
-    outcomes = protocol.refined([outcome(rate) for rate in GRID], sweep)
+    outcomes = protocol.refined([outcome(rate) for rate in GRID], sweep, protocol.by_cell, protocol.best)
     assert [o.rate for o in outcomes] == [*GRID, *order]
     return order
 
@@ -133,6 +133,6 @@ def test_every_method_of_a_grid_is_refined_by_itself():
 
     peaks = {"SGD": 0.03, "BN": 0.3}
     grid = sweep([dataclasses.replace(ANY_TRIAL, method=method, rate=rate) for method in peaks for rate in GRID])
-    cells = protocol.by_cell(protocol.refined(grid, sweep))
+    cells = protocol.by_cell(protocol.refined(grid, sweep, protocol.by_cell, protocol.best))
     rates = {method: sorted(outcome.rate for outcome in own) for (*_, method), own in cells.items()}
     assert rates == {"SGD": [0.01, 0.017, 0.03, 0.055, 0.1, 0.3], "BN": [0.01, 0.03, 0.1, 0.17, 0.3, 0.52, 0.9]}
