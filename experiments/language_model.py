@@ -153,7 +153,7 @@ OPTIMIZERS = {
         1.0, adam_learning_rate=optimizers.ADAM_FACTOR, muon_weight_dimension_numbers=kernel_matrices
     ),
 }
-METHODS = {kind.format(name): name for name in OPTIMIZERS for kind in ("{}", "BNP({})")}  # of which optimizer
+METHODS = optimizers.method_names(("{}", "BNP({})", optimizers.DAMPED_MUON))  # optimizer and kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,12 +211,13 @@ class Outcome(Trial):
 @functools.cache
 def make_program(network: str, method: str, num_characters: int) -> tuple[LanguageModel, Any]:
     """Returns a network, and the optimizer of a method for it."""
-    model, optimizer = LanguageModel(num_characters, normalized=network == "LayerNorm"), OPTIMIZERS[METHODS[method]]
+    name, kind = METHODS[method]
+    model, optimizer = LanguageModel(num_characters, normalized=network == "LayerNorm"), OPTIMIZERS[name]
     if method in OPTIMIZERS:
         return model, optax.with_extra_args_support(optimizer)  # takes the records and ignores them
     layers = bnp.linen.find_layers(model, jnp.zeros((1, LENGTH), int))
     # Examples are batches of whole texts: 16 in a step would be divided by the root of 8 under the default scaling.
-    return model, bnp.preconditioned(optimizer, layers, scaling="none")
+    return model, bnp.preconditioned(optimizer, layers, scaling="none", **optimizers.options_of(kind))
 
 
 def train(trial: Trial, advance: Callable[[int], None] = lambda _: None) -> Outcome:
@@ -286,7 +287,7 @@ def run(output: Path, quick: bool = False, workers: int = 1) -> list[Outcome]:
         [
             Trial(network, method, rate, steps, 0)
             for network in (NETWORKS[:1] if quick else NETWORKS)
-            for method, name in METHODS.items()
+            for method, (name, _) in METHODS.items()
             if not quick or name == "Adam"
             for rate in (RATES[name][1:2] if quick else RATES[name])
         ]

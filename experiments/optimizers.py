@@ -11,8 +11,9 @@
 ``optimizers_report.py`` draws the figures and writes the tables of what comes out.
 """
 
+import ast
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -35,8 +36,10 @@ ADAM_FACTOR = 0.1  # of Adam's learning rate, for what is no kernel, by Muon's
 GROUP_SIZE, MLP_GROUP_SIZE = 8, 10  # of GN: channels, units
 EPOCH = 51_200  # examples, about those of CIFAR-10 and of MNIST
 OPTIMIZERS = ("Momentum", "Adam", "Muon")
-KINDS = ("{}", "{} + BN", "{} + BRN", "{} + GN", "scale_by_bnp, {}", "BNP({})")  # of methods, with an optimizer's name
-HEADLINE = ("{}", "{} + BN", "BNP({})")
+# Kinds of methods, with an optimizer's name; one with a name of its own is of that optimizer alone.
+DAMPED_MUON = "BNP(Muon), eps_relative=1"
+HEADLINE = ("{}", "{} + BN", "BNP({})", DAMPED_MUON)
+KINDS = (*HEADLINE, "{} + BRN", "{} + GN", "scale_by_bnp, {}")
 RESIDUAL = ("{} + BN", "{} + GN", "BNP({})", "BNP({}) + GN")
 PADDING = 4  # pixels around an augmented image
 QUICK_STEPS, QUICK_RATES = 20, {("Adam", 32): (0.003,)}
@@ -95,15 +98,17 @@ E8_MLP = {
     ("Muon", 6): steps_of_ten(0.0003, 0.03),
     ("Muon", 1): steps_of_ten(0.0001, 0.03),
 }
-OPTIONS: dict[str, dict[str, Any]] = {
-    "BNP({}), prior_examples=None": {"prior_examples": None},
-    "BNP({}), prior_examples=16": {"prior_examples": 16},
-    "BNP({}), prior_examples=1024": {"prior_examples": 1024},
-    "BNP({}), decay=0.9": {"decay": 0.9},
-    "BNP({}), decay=0.999": {"decay": 0.999},
-    "BNP({}), eps_relative=1e-3": {"eps_relative": 1e-3},
-    "BNP({}), eps_relative=0.1": {"eps_relative": 0.1},
-}
+OPTIONS = (
+    "prior_examples=None",
+    "prior_examples=16",
+    "prior_examples=1024",
+    "decay=0.9",
+    "decay=0.999",
+    "eps_relative=1e-3",
+    "eps_relative=0.1",
+    "eps_relative=1",
+)
+CHANGED = tuple(f"BNP({{}}), {option}" for option in OPTIONS)
 BN = ("{} + BN", "{} + BN, momentum=0.99")
 DEFAULTS = {
     ("Adam", 128): (0.001, 0.003),
@@ -128,7 +133,7 @@ E3 = {
 E9 = {(optimizer, size): E8_CNN[optimizer, size] for optimizer in OPTIMIZERS for size in (128, 4)}
 LARGEST = {(optimizer, 128): E8_CNN[optimizer, 128] for optimizer in OPTIMIZERS}
 SETTINGS = {
-    "a quarter of an epoch": Setting("cnn", "cifar-10", EPOCH // 4, ("BNP({})", *OPTIONS, *BN), DEFAULTS),
+    "a quarter of an epoch": Setting("cnn", "cifar-10", EPOCH // 4, ("BNP({})", *CHANGED, *BN), DEFAULTS),
     "5-layer CNN": Setting("cnn", "cifar-10", EPOCH, KINDS, E8_CNN),
     "fully connected 3x100": Setting("mlp", "cifar-10", EPOCH, KINDS, E8_MLP),
     "5-layer CNN, falling rate": Setting("cnn", "cifar-10", EPOCH, HEADLINE, LARGEST, falls=True),
@@ -199,7 +204,18 @@ def normalize_by_groups(options: dict[str, Any], x: jax.Array) -> Any:
 
 def method_names(kinds: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Returns the optimizer and the kind of every method, by its name."""
-    return {kind.format(name): (name, kind) for name in OPTIMIZERS for kind in kinds}
+    return {kind.format(name): (name, kind) for name in OPTIMIZERS for kind in kinds_of(name, kinds)}
+
+
+def kinds_of(optimizer: str, kinds: Iterable[str]) -> list[str]:
+    """Returns the kinds of methods that an optimizer is tried in."""
+    return [kind for kind in kinds if optimizer in kind.format(optimizer)]
+
+
+def options_of(kind: str) -> dict[str, Any]:
+    """Returns the option of ``preconditioned`` that a kind of methods is named after, if it is."""
+    name, _, value = kind.partition("), ")[2].partition("=")
+    return {name: ast.literal_eval(value)} if name else {}
 
 
 def task(trial: Trial) -> trials.Task:
@@ -215,7 +231,7 @@ def task(trial: Trial) -> trials.Task:
             return optax.with_extra_args_support(inner)
         layers = bnp.linen.find_layers(model, x)
         return (
-            bnp.preconditioned(inner, layers, **OPTIONS.get(kind, {}))
+            bnp.preconditioned(inner, layers, **options_of(kind))
             if in_variables
             else optax.chain(bnp.scale_by_bnp(layers), inner)
         )
@@ -251,7 +267,7 @@ def tuning(names: Sequence[str], quick: bool) -> list[Trial]:
         )
         for name, setting in ((name, SETTINGS[name]) for name in names)
         for (optimizer, batch_size), rates in (QUICK_RATES if quick else setting.rates).items()
-        for kind in (setting.kinds[:2] if quick else setting.kinds)
+        for kind in kinds_of(optimizer, setting.kinds[:2] if quick else setting.kinds)
         for rate in rates
     ]
 

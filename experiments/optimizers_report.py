@@ -27,6 +27,7 @@ HEADERS = {
     "{} + GN": "with GN",
     "scale_by_bnp, {}": "behind scale_by_bnp",
     "BNP({})": "in BNP's variables",
+    optimizers.DAMPED_MUON: "the same, damping 1",
 }
 STYLES: dict[str, dict[str, Any]] = {
     "{}": {"color": "#555555", "marker": "s"},
@@ -35,6 +36,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "{} + GN": {"color": "#009E73", "marker": "v"},
     "scale_by_bnp, {}": {"color": "#56B4E9", "marker": "x", "linestyle": "--"},
     "BNP({})": {"color": "#0072B2", "marker": "o"},
+    optimizers.DAMPED_MUON: {"color": "#CC79A7", "marker": "D"},
 }
 LOWEST = 50.0  # percent, where the axes of accuracies begin
 
@@ -63,7 +65,7 @@ def summary_table(outcomes: Sequence[Outcome]) -> str:
     ):
         means = {
             kind: found[cell].mean()
-            for kind in kinds
+            for kind in optimizers.kinds_of(name, kinds)
             if (cell := (data, setting, batch_size, kind.format(name))) in found
         }
         highest = f"{max(means.values()):.1f}"
@@ -79,7 +81,8 @@ def by_batch_size(outcomes: Sequence[Outcome], setting: str) -> Figure:
     sizes = sorted({size for _, _, size, _ in found}, reverse=True)
     figure, axes = figures.panels(optimizers.OPTIMIZERS, len(optimizers.OPTIMIZERS), "test accuracy (%)", sharey=True)
     for panel, name in zip(axes, optimizers.OPTIMIZERS, strict=True):
-        for kind, style in STYLES.items():
+        for kind in optimizers.kinds_of(name, STYLES):
+            style = STYLES[kind]
             own = {size: tests for (_, _, size, method), tests in found.items() if method == kind.format(name)}
             if own:
                 draw_over_sizes(panel, [sizes.index(size) for size in own], list(own.values()), HEADERS[kind], style)
@@ -146,7 +149,7 @@ def language_model_table(outcomes: Sequence[language_model.Outcome]) -> str:
         edge = " (edge of the grid)" if rate in (grid[0], grid[-1]) else ""
         row = [network, method, f"{rate:g}{edge}", f"{ends.mean():.3f}", f"{tests.mean():.3f}"]
         row += [f"{tests.min():.3f} to {tests.max():.3f}", f"{milliseconds:.1f}"]
-        alone = language_model.METHODS[method]
+        alone, _ = language_model.METHODS[method]
         if alone == method:
             rows.append([*row, "", "", ""])
             continue
@@ -189,7 +192,7 @@ def along_training(outcomes: Sequence[language_model.Outcome]) -> Figure:
         [name for name in networks for _ in range(2)], 2, "validation loss (nats a character)"
     )
     for number, network in enumerate(networks):
-        for method, name in language_model.METHODS.items():
+        for method, (name, kind) in language_model.METHODS.items():
             own = [o for o in outcomes if (o.network, o.method) == (network, method)]
             tuning = [outcome for outcome in own if not outcome.seed]
             final = [
@@ -203,7 +206,7 @@ def along_training(outcomes: Sequence[language_model.Outcome]) -> Figure:
             for panel, x, unit in zip(
                 axes[2 * number :], (steps, seconds), ("steps", "seconds of training"), strict=False
             ):
-                style = "-" if method != name else ":"
+                style = {"{}": ":", "BNP({})": "-"}.get(kind, "--")
                 panel.plot(x, curves.mean(0), style, color=colors[name], label=method)
                 panel.fill_between(x, curves.min(0), curves.max(0), color=colors[name], alpha=0.2, linewidth=0)
                 panel.set(xlabel=unit)
