@@ -60,6 +60,33 @@ def test_every_method_is_what_its_name_says(setting):
             assert len(of_optimizer) == per_kernel * kernels + per_bias * biases
 
 
+def test_the_options_of_preconditioned_are_those_of_the_name():
+    expected = {
+        "BNP({})": {},
+        "BNP({}), prior_examples=None": {"prior_examples": None},
+        "BNP({}), eps_relative=1e-3": {"eps_relative": 1e-3},
+        "BNP({}) + GN": {},
+    }
+    assert {kind: optimizers.options_of(kind) for kind in expected} == expected
+    split = images.load("digits", Path()).train
+    damping = []
+    for method in ("BNP(Muon)", optimizers.DAMPED_MUON):
+        task = optimizers.task(Trial("digits", "fully connected 3x100", method, 4, 0.0, 20, 0))
+        state = task.init(jax.random.key(0), split.images[:1] / 16)
+        state, _ = task.step(state, 0.0, split.images[:4] / 16, split.labels[:4])
+        damping.append(state.opt_state.statistics["Dense_0"].damping.item() - 1e-4)  # less the absolute one
+    np.testing.assert_allclose(damping[1], 100 * damping[0], rtol=1e-4)
+
+
+def test_a_kind_of_one_optimizer_is_not_tried_with_the_others():
+    kinds = ("{}", optimizers.DAMPED_MUON, "{} + BN")
+    assert optimizers.kinds_of("Muon", kinds) == list(kinds)
+    assert optimizers.kinds_of("Adam", kinds) == ["{}", "{} + BN"]
+    assert {
+        trial.method for trial in optimizers.tuning(["5-layer CNN, falling rate"], False) if "=" in trial.method
+    } == {optimizers.DAMPED_MUON}
+
+
 def test_grids_are_about_a_factor_of_three_apart_and_equal_for_all_methods():
     assert optimizers.steps_of_ten(0.003, 0.3) == (0.003, 0.01, 0.03, 0.1, 0.3)
     for name in ("e8", "e8_falling", "e9", "e10", "e11"):
