@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 
 import rich
 
@@ -70,13 +69,7 @@ EXPERIMENTS: dict[str, Callable[[bool], list[Run]]] = {"rule": rule, "bound": bo
 def main(argv: list[str] | None = None) -> None:
     """Runs the experiments and prints what came out."""
     parser = argparse.ArgumentParser(description="Runs experiments beyond the paper's and continues earlier calls.")
-    option = parser.add_argument
-    option("experiments", nargs="*", default=list(EXPERIMENTS), metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
-    option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets' files (data)")
-    sweeps.add_options(parser)
-    args = parser.parse_args(argv)
-    if unknown := set(args.experiments) - set(EXPERIMENTS):
-        parser.error(f"no experiment {', '.join(sorted(unknown))}; there are {', '.join(EXPERIMENTS)}")
+    args = sweeps.parse(parser, argv, EXPERIMENTS)
     for name in args.experiments:
         todo = EXPERIMENTS[name](args.quick)
         rich.print(train.make_table(train.sweep(todo, args.results / f"{name}.csv", args.data_dir, args.workers)))

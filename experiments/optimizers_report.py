@@ -27,7 +27,6 @@ HEADERS = {
     "{} + GN": "with GN",
     "scale_by_bnp, {}": "behind scale_by_bnp",
     "BNP({})": "in BNP's variables",
-    optimizers.DAMPED_MUON: "the same, damping 1",
 }
 STYLES: dict[str, dict[str, Any]] = {
     "{}": {"color": "#555555", "marker": "s"},
@@ -36,7 +35,6 @@ STYLES: dict[str, dict[str, Any]] = {
     "{} + GN": {"color": "#009E73", "marker": "v"},
     "scale_by_bnp, {}": {"color": "#56B4E9", "marker": "x", "linestyle": "--"},
     "BNP({})": {"color": "#0072B2", "marker": "o"},
-    optimizers.DAMPED_MUON: {"color": "#CC79A7", "marker": "D"},
 }
 LOWEST = 50.0  # percent, where the axes of accuracies begin
 

@@ -131,24 +131,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description="Runs the paper's experiments; a run that has its row in the CSV file is not repeated.",
     )
     option = parser.add_argument
-    option(
-        "experiments",
-        nargs="*",
-        default=list(EXPERIMENTS),
-        metavar="EXPERIMENT",
-        help="e1, e2, e4 (all three), and e3, defaults or refresh",
-    )
-    option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets' files (data)")
     option("--rates", nargs="+", type=float, metavar="RATE", help="grid of learning rates, if another one than usual")
     option("--seeds", nargs="+", type=int, metavar="SEED", help=f"of the runs that read the test images ({SEEDS})")
     option(
         "--examples", type=int, metavar="N", help=f"how many examples a run sees ({EXAMPLES}; e3: {RECIPE_EXAMPLES})"
     )
-    sweeps.add_options(parser)
-    args = parser.parse_args(argv)
-    if unknown := set(args.experiments) - {*EXPERIMENTS, *ON_DEMAND}:
-        names = ", ".join((*EXPERIMENTS, *ON_DEMAND))
-        parser.error(f"no experiment {', '.join(sorted(unknown))}; there are {names}")
+    args = sweeps.parse(parser, argv, EXPERIMENTS, ON_DEMAND)
     args.seeds = args.seeds or (QUICK_SEEDS if args.quick else SEEDS)
     return args
 

@@ -6,7 +6,7 @@ import functools
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +25,42 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option, cpu = parser.add_argument, jax.default_backend() == "cpu"
     option("--results", type=Path, default=runs.RESULTS, metavar="DIR", help="folder of the CSV files")
     option("--quick", action="store_true", help="a short form, on data that need no download")
-    option("--workers", type=int, default=os.cpu_count() if cpu else 1, metavar="N", help="processes (one a core)")
+    option(
+        "--workers", type=at_least_1, default=os.cpu_count() if cpu else 1, metavar="N", help="processes (one a core)"
+    )
+
+
+def at_least_1(text: str) -> int:
+    """Returns an argument that is a number of things."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def parse(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    experiments: Iterable[str],
+    on_demand: Iterable[str] = (),
+) -> argparse.Namespace:
+    """Adds the experiments to run and the folder of the data to a program's options, and parses its arguments.
+
+    Args:
+      parser: of the program, with the options of its own.
+      argv: the program's arguments.
+      experiments: names of those that run unless some are named.
+      on_demand: names of those that run only if they are named.
+    """
+    usual, all_names = list(experiments), [*experiments, *on_demand]
+    only = f"; if named, {', '.join(on_demand)}" if on_demand else ""
+    option = parser.add_argument
+    option("experiments", nargs="*", default=usual, metavar="EXPERIMENT", help=", ".join(usual) + only)
+    option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets' files (data)")
+    add_options(parser)
+    args = parser.parse_args(argv)
+    if unknown := set(args.experiments) - set(all_names):
+        parser.error(f"no experiment {', '.join(sorted(unknown))}; there are {', '.join(all_names)}")
+    return args
 
 
 def sweep(

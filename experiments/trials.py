@@ -278,16 +278,7 @@ def main(description: str, experiments: Mapping[str, Experiment], argv: list[str
       experiments: by name, which is also that of their CSV files.
       argv: the program's arguments.
     """
-    parser = argparse.ArgumentParser(description=description)
-    option = parser.add_argument
-    option("experiments", nargs="*", default=list(experiments), metavar="EXPERIMENT", help=", ".join(experiments))
-    option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets' files (data)")
-    sweeps.add_options(parser)
-    args = parser.parse_args(argv)
-    if unknown := set(args.experiments) - set(experiments):
-        parser.error(f"no experiment {', '.join(sorted(unknown))}; there are {', '.join(experiments)}")
-    if args.workers < 1:
-        parser.error("--workers must be at least 1")
+    args = sweeps.parse(argparse.ArgumentParser(description=description), argv, experiments)
     for name in args.experiments:
         outcomes = run(experiments[name], args.results / f"{name}.csv", args.data_dir, args.quick, args.workers)
         for title, table in report(experiments[name], outcomes, args.results)[0].items():

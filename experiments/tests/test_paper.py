@@ -91,7 +91,11 @@ def test_condition_numbers_in_a_short_form(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["e9"], "no experiment e9; there are e1, e2"), (["e1", "--seeds", "x"], "invalid int")],
+    [
+        (["e9"], "no experiment e9; there are e1, e2"),
+        (["e1", "--seeds", "x"], "invalid int"),
+        (["--workers", "0"], "at least 1"),
+    ],
 )
 def test_bad_experiments_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
