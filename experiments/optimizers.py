@@ -38,9 +38,10 @@ EPOCH = 51_200  # examples, about those of CIFAR-10 and of MNIST
 OPTIMIZERS = ("Momentum", "Adam", "Muon")
 # Kinds of methods, with an optimizer's name; one with a name of its own is of that optimizer alone.
 DAMPED_MUON = "BNP(Muon), eps_relative=1"
-HEADLINE = ("{}", "{} + BN", "BNP({})", DAMPED_MUON)
+HEADLINE = ("{}", "{} + BN", "BNP({})")
 KINDS = (*HEADLINE, "{} + BRN", "{} + GN", "scale_by_bnp, {}")
 RESIDUAL = ("{} + BN", "{} + GN", "BNP({})", "BNP({}) + GN")
+LARGEST_NORM = 1.0  # of all gradients together, where they are clipped
 PADDING = 4  # pixels around an augmented image
 QUICK_STEPS, QUICK_RATES = 20, {("Adam", 32): (0.003,)}
 
@@ -109,8 +110,11 @@ OPTIONS = (
     "eps_relative=1",
 )
 CHANGED = tuple(f"BNP({{}}), {option}" for option in OPTIONS)
+CLIPPED = ("BNP(clip, {})", "clip, BNP({})")  # in z, and in the variables of the network
 BN = ("{} + BN", "{} + BN, momentum=0.99")
 DEFAULTS = {
+    ("Momentum", 128): (0.01, 0.03),
+    ("Momentum", 4): (0.01, 0.03),
     ("Adam", 128): (0.001, 0.003),
     ("Adam", 4): (0.001, 0.003),
     ("Muon", 128): (0.01, 0.03),
@@ -133,10 +137,10 @@ E3 = {
 E9 = {(optimizer, size): E8_CNN[optimizer, size] for optimizer in OPTIMIZERS for size in (128, 4)}
 LARGEST = {(optimizer, 128): E8_CNN[optimizer, 128] for optimizer in OPTIMIZERS}
 SETTINGS = {
-    "a quarter of an epoch": Setting("cnn", "cifar-10", EPOCH // 4, ("BNP({})", *CHANGED, *BN), DEFAULTS),
+    "a quarter of an epoch": Setting("cnn", "cifar-10", EPOCH // 4, ("BNP({})", *CHANGED, *CLIPPED, *BN), DEFAULTS),
     "5-layer CNN": Setting("cnn", "cifar-10", EPOCH, KINDS, E8_CNN),
     "fully connected 3x100": Setting("mlp", "cifar-10", EPOCH, KINDS, E8_MLP),
-    "5-layer CNN, falling rate": Setting("cnn", "cifar-10", EPOCH, HEADLINE, LARGEST, falls=True),
+    "5-layer CNN, falling rate": Setting("cnn", "cifar-10", EPOCH, (*HEADLINE, DAMPED_MUON), LARGEST, falls=True),
     "5-layer CNN, ten epochs": Setting("cnn", "cifar-10", 450_000, HEADLINE, E9, falls=True, augment=True),
     "5-layer CNN, gray images": Setting("cnn", "fashion-mnist", EPOCH, HEADLINE, E9),
     "5-layer CNN, large batches": Setting("cnn", "cifar-10", EPOCH, (*HEADLINE, "{} + BGN"), E11),
@@ -223,18 +227,20 @@ def task(trial: Trial) -> trials.Task:
     setting = SETTINGS[trial.setting]
     name, kind = method_names(setting.kinds)[trial.method]
     model = make_model(setting.network, kind, trial.steps)
-    in_variables, behind = kind.startswith("BNP"), kind.startswith("scale_by_bnp")
+    in_variables, behind = "BNP(" in kind, kind.startswith("scale_by_bnp")
+    clip = optax.clip_by_global_norm(LARGEST_NORM)
 
     def optimizer(rate: Any, params: optax.Params, x: jax.Array) -> optax.GradientTransformationExtraArgs:
         inner = make_optimizer(name, optax.cosine_decay_schedule(rate, trial.steps) if setting.falls else rate)
         if not (in_variables or behind):
             return optax.with_extra_args_support(inner)
         layers = bnp.linen.find_layers(model, x)
-        return (
-            bnp.preconditioned(inner, layers, **options_of(kind))
-            if in_variables
-            else optax.chain(bnp.scale_by_bnp(layers), inner)
-        )
+        if behind:
+            return optax.chain(bnp.scale_by_bnp(layers), inner)
+        if "(clip, " in kind:
+            inner = optax.chain(clip, inner)
+        tx = bnp.preconditioned(inner, layers, **options_of(kind))
+        return optax.chain(clip, tx) if kind.startswith("clip, ") else tx
 
     training = trials.classifier(model, optimizer, records=in_variables or behind)
     return training._replace(batches=augmented_epochs) if setting.augment else training

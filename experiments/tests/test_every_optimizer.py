@@ -71,10 +71,10 @@ def test_the_options_of_preconditioned_are_those_of_the_name():
     split = images.load("digits", Path()).train
     damping = []
     for method in ("BNP(Muon)", optimizers.DAMPED_MUON):
-        task = optimizers.task(Trial("digits", "fully connected 3x100", method, 4, 0.0, 20, 0))
+        task = optimizers.task(Trial("digits", "5-layer CNN, falling rate", method, 4, 0.0, 20, 0))
         state = task.init(jax.random.key(0), split.images[:1] / 16)
         state, _ = task.step(state, 0.0, split.images[:4] / 16, split.labels[:4])
-        damping.append(state.opt_state.statistics["Dense_0"].damping.item() - 1e-4)  # less the absolute one
+        damping.append(state.opt_state.statistics["Conv_0"].damping.item() - 1e-4)  # less the absolute one
     np.testing.assert_allclose(damping[1], 100 * damping[0], rtol=1e-4)
 
 
