@@ -184,7 +184,7 @@ def part_text(parts: np.ndarray) -> str:
 
 def along_training(outcomes: Sequence[language_model.Outcome]) -> Figure:
     """Draws validation loss against steps and against seconds, a row a network: mean and range of the seeds."""
-    networks = list(dict.fromkeys(outcome.network for outcome in outcomes))
+    networks = list(dict.fromkeys(outcome.network for outcome in outcomes if outcome.seed))
     colors = dict(zip(language_model.OPTIMIZERS, ("#555555", "#E69F00", "#0072B2"), strict=True))
     figure, axes = figures.panels(
         [name for name in networks for _ in range(2)], 2, "validation loss (nats a character)"
