@@ -278,7 +278,9 @@ def tuning(names: Sequence[str], quick: bool) -> list[Trial]:
     ]
 
 
-def experiment(name: str, settings: Sequence[str], **options: Any) -> trials.Experiment:
+def experiment(
+    name: str, settings: Sequence[str], seeds: Sequence[int] = trials.SEEDS, refined: bool = True
+) -> trials.Experiment:
     """Returns an experiment, whose table says what every method reached, larger batches first."""
 
     def report(outcomes: Sequence[protocol.Outcome]) -> trials.Report:
@@ -289,7 +291,7 @@ def experiment(name: str, settings: Sequence[str], **options: Any) -> trials.Exp
         ordered = sorted(outcomes, key=place)
         return {name: protocol.accuracy_table(ordered)}, {}
 
-    return trials.Experiment(functools.partial(tuning, settings), task, report, **({"refined": True} | options))
+    return trials.Experiment(functools.partial(tuning, settings), task, report, seeds=seeds, refined=refined)
 
 
 EXPERIMENTS: dict[str, trials.Experiment] = {
