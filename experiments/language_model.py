@@ -147,13 +147,19 @@ def kernel_matrices(params: optax.Params) -> Any:
     return jax.tree_util.tree_map_with_path(of_parameter, params)
 
 
+def are_embeddings(params: optax.Params) -> Any:
+    """Returns which parameters are embeddings, which BNP does not cover."""
+    return jax.tree_util.tree_map_with_path(lambda keys, _: keys[-1].key == "embedding", params)
+
+
 # All multiply by the learning rate last. That is left to the step, so that it is compiled once for the whole grid.
 OPTIMIZERS = {
     "Momentum": optax.sgd(1.0, momentum=optimizers.MOMENTUM),
     "Adam": optax.adam(1.0),
     "Muon": optax.contrib.muon(1.0, adam_learning_rate=MUON_ADAM_FACTOR, muon_weight_dimension_numbers=kernel_matrices),
 }
-METHODS = optimizers.method_names(("{}", "BNP({})", optimizers.DAMPED_MUON))  # optimizer and kind
+FASTER_EMBEDDINGS = "BNP(Adam), embeddings=10"  # their rate, of those of the layers that BNP covers
+METHODS = optimizers.method_names(("{}", "BNP({})", optimizers.DAMPED_MUON, FASTER_EMBEDDINGS))  # optimizer and kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,9 +221,10 @@ def make_program(network: str, method: str, num_characters: int) -> tuple[Langua
     model, optimizer = LanguageModel(num_characters, normalized=network == "LayerNorm"), OPTIMIZERS[name]
     if method in OPTIMIZERS:
         return model, optax.with_extra_args_support(optimizer)  # takes the records and ignores them
-    layers = bnp.linen.find_layers(model, jnp.zeros((1, LENGTH), int))
+    layers, options = bnp.linen.find_layers(model, jnp.zeros((1, LENGTH), int)), optimizers.options_of(kind)
+    faster = optax.masked(optax.scale(options.pop("embeddings", 1.0)), are_embeddings)
     # Examples are batches of whole texts: 16 in a step would be divided by the root of 8 under the default scaling.
-    return model, bnp.preconditioned(optimizer, layers, scaling="none", **optimizers.options_of(kind))
+    return model, bnp.preconditioned(optax.chain(optimizer, faster), layers, scaling="none", **options)
 
 
 def train(trial: Trial, advance: Callable[[int], None] = lambda _: None) -> Outcome:

@@ -14,8 +14,10 @@ def test_a_short_form_continues_where_it_stopped(tmp_path):
     assert [(outcome.method, outcome.seed) for outcome in outcomes] == [
         ("Adam", 0),
         ("BNP(Adam)", 0),
+        ("BNP(Adam), embeddings=10", 0),
         ("Adam", 1),
         ("BNP(Adam)", 1),
+        ("BNP(Adam), embeddings=10", 1),
     ]
     num_characters, _ = language_model.make_data(steps=1, seed=0)
     for outcome in outcomes:
@@ -47,3 +49,20 @@ def test_without_normalization_the_network_has_none():
         params = model.init(jax.random.key(0), np.zeros((1, 8), int))["params"]
         names = {*params, *params["blocks"]}
         assert any("LayerNorm" in name for name in names) == normalized
+
+
+def test_embeddings_alone_are_faster():
+    text = np.zeros((1, language_model.LENGTH + 1), int)
+    updates = []
+    for method in ("BNP(Adam)", language_model.FASTER_EMBEDDINGS):
+        model, tx = language_model.make_program("LayerNorm", method, 30)
+        params = model.init(jax.random.key(0), text[:, :-1])["params"]
+        new, _ = language_model.train_step(model, tx, 1e-3, (params, tx.init(params)), text)
+        updates.append(jax.tree.map(lambda a, b: a - b, new, params))
+    faster = language_model.are_embeddings(updates[0])
+    assert {*faster} >= {"positions", "characters", "blocks"}
+    expected = jax.tree.map(lambda own, is_faster: own * (10 if is_faster else 1), updates[0], faster)
+    jax.tree.map(
+        lambda actual, own: np.testing.assert_allclose(actual, own, rtol=1e-3, atol=1e-6), updates[1], expected
+    )
+    assert sum(jax.tree.leaves(faster)) == 2
