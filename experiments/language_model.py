@@ -158,8 +158,8 @@ OPTIMIZERS = {
     "Adam": optax.adam(1.0),
     "Muon": optax.contrib.muon(1.0, adam_learning_rate=MUON_ADAM_FACTOR, muon_weight_dimension_numbers=kernel_matrices),
 }
-FASTER_EMBEDDINGS = "BNP(Adam), embeddings=10"  # their rate, of those of the layers that BNP covers
-METHODS = optimizers.method_names(("{}", "BNP({})", optimizers.DAMPED_MUON, FASTER_EMBEDDINGS))  # optimizer and kind
+FASTER_EMBEDDINGS = ("Adam, embeddings=10", "BNP(Adam), embeddings=10")  # in learning rates of all else
+METHODS = optimizers.method_names(("{}", "BNP({})", optimizers.DAMPED_MUON, *FASTER_EMBEDDINGS))  # optimizer and kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,13 +218,14 @@ class Outcome(Trial):
 def make_program(network: str, method: str, num_characters: int) -> tuple[LanguageModel, Any]:
     """Returns a network, and the optimizer of a method for it."""
     name, kind = METHODS[method]
-    model, optimizer = LanguageModel(num_characters, normalized=network == "LayerNorm"), OPTIMIZERS[name]
-    if method in OPTIMIZERS:
-        return model, optax.with_extra_args_support(optimizer)  # takes the records and ignores them
-    layers, options = bnp.linen.find_layers(model, jnp.zeros((1, LENGTH), int)), optimizers.options_of(kind)
+    model, options = LanguageModel(num_characters, normalized=network == "LayerNorm"), optimizers.options_of(kind)
     faster = optax.masked(optax.scale(options.pop("embeddings", 1.0)), are_embeddings)
+    optimizer = optax.chain(OPTIMIZERS[name], faster)
+    if not kind.startswith("BNP"):
+        return model, optax.with_extra_args_support(optimizer)  # takes the records and ignores them
+    layers = bnp.linen.find_layers(model, jnp.zeros((1, LENGTH), int))
     # Examples are batches of whole texts: 16 in a step would be divided by the root of 8 under the default scaling.
-    return model, bnp.preconditioned(optax.chain(optimizer, faster), layers, scaling="none", **options)
+    return model, bnp.preconditioned(optimizer, layers, scaling="none", **options)
 
 
 def train(trial: Trial, advance: Callable[[int], None] = lambda _: None) -> Outcome:

@@ -217,9 +217,9 @@ def kinds_of(optimizer: str, kinds: Iterable[str]) -> list[str]:
 
 
 def options_of(kind: str) -> dict[str, Any]:
-    """Returns the option of ``preconditioned`` that a kind of methods is named after, if it is."""
-    name, _, value = kind.partition("), ")[2].partition("=")
-    return {name: ast.literal_eval(value)} if name else {}
+    """Returns the option that a kind of methods is named after, behind the last comma, if it is."""
+    name, _, value = kind.rpartition(", ")[2].partition("=")
+    return {name: ast.literal_eval(value)} if value else {}
 
 
 def task(trial: Trial) -> trials.Task:

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 import language_model
 import runs
@@ -14,9 +15,11 @@ def test_a_short_form_continues_where_it_stopped(tmp_path):
     assert [(outcome.method, outcome.seed) for outcome in outcomes] == [
         ("Adam", 0),
         ("BNP(Adam)", 0),
+        ("Adam, embeddings=10", 0),
         ("BNP(Adam), embeddings=10", 0),
         ("Adam", 1),
         ("BNP(Adam)", 1),
+        ("Adam, embeddings=10", 1),
         ("BNP(Adam), embeddings=10", 1),
     ]
     num_characters, _ = language_model.make_data(steps=1, seed=0)
@@ -51,10 +54,11 @@ def test_without_normalization_the_network_has_none():
         assert any("LayerNorm" in name for name in names) == normalized
 
 
-def test_embeddings_alone_are_faster():
+@pytest.mark.parametrize("methods", [(name.partition(",")[0], name) for name in language_model.FASTER_EMBEDDINGS])
+def test_embeddings_alone_are_faster(methods):
     text = np.zeros((1, language_model.LENGTH + 1), int)
     updates = []
-    for method in ("BNP(Adam)", language_model.FASTER_EMBEDDINGS):
+    for method in methods:
         model, tx = language_model.make_program("LayerNorm", method, 30)
         params = model.init(jax.random.key(0), text[:, :-1])["params"]
         new, _ = language_model.train_step(model, tx, 1e-3, (params, tx.init(params)), text)
