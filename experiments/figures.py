@@ -78,7 +78,8 @@ def add_legend(figure: Figure, axes: Sequence[Axes]) -> Figure:
     for panel in axes:
         handles, names = panel.get_legend_handles_labels()
         labels |= dict(zip(names, handles, strict=True))
-    figure.legend(list(labels.values()), list(labels), loc="outside upper center", ncols=len(labels), frameon=False)  # type: ignore[call-overload]
+    columns = min(len(labels), 3 if figure.get_figwidth() < 8 else len(labels))
+    figure.legend(list(labels.values()), list(labels), loc="outside upper center", ncols=columns, frameon=False)  # type: ignore[call-overload]
     return figure
 
 

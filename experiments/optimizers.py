@@ -278,18 +278,23 @@ def tuning(names: Sequence[str], quick: bool) -> list[Trial]:
     ]
 
 
+def ordered(outcomes: Sequence[protocol.Outcome]) -> list[protocol.Outcome]:
+    """Returns outcomes by setting, larger batches first, and method."""
+
+    def place(outcome: protocol.Outcome) -> tuple[int, int, int]:
+        methods = list(method_names(SETTINGS[outcome.setting].kinds))
+        return list(SETTINGS).index(outcome.setting), -outcome.batch_size, methods.index(outcome.method)
+
+    return sorted(outcomes, key=place)
+
+
 def experiment(
     name: str, settings: Sequence[str], seeds: Sequence[int] = trials.SEEDS, refined: bool = True
 ) -> trials.Experiment:
-    """Returns an experiment, whose table says what every method reached, larger batches first."""
+    """Returns an experiment, whose table says what every method reached."""
 
     def report(outcomes: Sequence[protocol.Outcome]) -> trials.Report:
-        def place(outcome: protocol.Outcome) -> tuple[int, int, int]:
-            methods = list(method_names(SETTINGS[outcome.setting].kinds))
-            return settings.index(outcome.setting), -outcome.batch_size, methods.index(outcome.method)
-
-        ordered = sorted(outcomes, key=place)
-        return {name: protocol.accuracy_table(ordered)}, {}
+        return {name: protocol.accuracy_table(ordered(outcomes))}, {}
 
     return trials.Experiment(functools.partial(tuning, settings), task, report, seeds=seeds, refined=refined)
 
@@ -298,7 +303,7 @@ EXPERIMENTS: dict[str, trials.Experiment] = {
     "e8_defaults": trials.Experiment(
         functools.partial(tuning, ["a quarter of an epoch"]),
         task,
-        lambda outcomes: ({"e8_defaults": protocol.validation_table(outcomes)}, {}),
+        lambda outcomes: ({"e8_defaults": protocol.validation_table(ordered(outcomes))}, {}),
         seeds=(),
     ),
     "e8": experiment("e8", ["5-layer CNN", "fully connected 3x100"]),

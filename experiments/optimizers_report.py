@@ -131,9 +131,12 @@ def language_model_table(outcomes: Sequence[language_model.Outcome]) -> str:
 
     The parts are those of a whole training, mean and range of the seeds; "never" is said where one did not get there.
     """
-    cells = language_model.cells(outcomes)
+    cells, methods = language_model.cells(outcomes), list(language_model.METHODS)
     rows = []
-    for (network, method), own in cells.items():
+    for network, method in sorted(
+        cells, key=lambda cell: (language_model.NETWORKS.index(cell[0]), methods.index(cell[1]))
+    ):
+        own = cells[network, method]
         tuning = [outcome for outcome in own if not outcome.seed]
         rate, steps = language_model.best(tuning).rate, tuning[0].steps
         final = {o.seed: o for o in own if o.seed and (o.rate, o.steps) == (rate, steps)}
@@ -183,14 +186,19 @@ def part_text(parts: np.ndarray) -> str:
 
 
 def along_training(outcomes: Sequence[language_model.Outcome]) -> Figure:
-    """Draws validation loss against steps and against seconds, a row a network: mean and range of the seeds."""
+    """Draws validation loss against steps and against seconds, a row a network: mean and range of the seeds.
+
+    Optimizers alone and in BNP's variables with its defaults; the table has the others.
+    """
+    styles = {"{}": ":", "BNP({})": "-"}
     networks = list(dict.fromkeys(outcome.network for outcome in outcomes if outcome.seed))
     colors = dict(zip(language_model.OPTIMIZERS, ("#555555", "#E69F00", "#0072B2"), strict=True))
     figure, axes = figures.panels(
         [name for name in networks for _ in range(2)], 2, "validation loss (nats a character)"
     )
     for number, network in enumerate(networks):
-        for method, (name, kind) in language_model.METHODS.items():
+        shown = {method: of for method, of in language_model.METHODS.items() if of[1] in styles}
+        for method, (name, kind) in shown.items():
             own = [o for o in outcomes if (o.network, o.method) == (network, method)]
             tuning = [outcome for outcome in own if not outcome.seed]
             final = [
@@ -204,11 +212,11 @@ def along_training(outcomes: Sequence[language_model.Outcome]) -> Figure:
             for panel, x, unit in zip(
                 axes[2 * number :], (steps, seconds), ("steps", "seconds of training"), strict=False
             ):
-                style = {"{}": ":", "BNP({})": "-"}.get(kind, "--")
-                panel.plot(x, curves.mean(0), style, color=colors[name], label=method)
+                panel.plot(x, curves.mean(0), styles[kind], color=colors[name], label=method)
                 panel.fill_between(x, curves.min(0), curves.max(0), color=colors[name], alpha=0.2, linewidth=0)
                 panel.set(xlabel=unit)
-                panel.set_ylim(top=2.6)
+    for panel in axes:
+        panel.set_ylim(top=2.6)  # only once all are drawn, so that the other end fits them
     return figures.add_legend(figure, axes)
 
 
