@@ -21,6 +21,7 @@ from conditioning import Conditioning
 
 COLORS = {"sgd": "#555555", "bn": "#E69F00", "gn": "#009E73", "bnp": "#0072B2", "bnp+gn": "#56B4E9"}
 TICKS_APART = 0.08  # of the height of a panel, so that no label lies on another
+LABEL_WIDTH = 1.5  # inches of a legend, about what a method takes
 MARKERS = {"sgd": "s", "bn": "^", "gn": "v", "bnp": "o", "bnp+gn": "D"}
 
 
@@ -73,12 +74,13 @@ def show_errors_as_accuracies(panel: Axes) -> None:
 
 
 def add_legend(figure: Figure, axes: Sequence[Axes]) -> Figure:
-    """Puts one legend with all lines of all panels above them."""
+    """Puts one legend with all lines of all panels above them, in as many rows as it takes."""
     labels: dict[str, object] = {}
     for panel in axes:
         handles, names = panel.get_legend_handles_labels()
         labels |= dict(zip(names, handles, strict=True))
-    columns = min(len(labels), 3 if figure.get_figwidth() < 8 else len(labels))
+    rows = math.ceil(len(labels) * LABEL_WIDTH / figure.get_figwidth())
+    columns = math.ceil(len(labels) / rows)
     figure.legend(list(labels.values()), list(labels), loc="outside upper center", ncols=columns, frameon=False)  # type: ignore[call-overload]
     return figure
 
