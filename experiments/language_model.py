@@ -43,7 +43,7 @@ RATES = {
     "Adam": (0.001, 0.003, 0.01, 0.03),
     "Muon": (0.003, 0.01, 0.03, 0.1),
 }
-# Of Adam's rate, for what is no kernel, embeddings too, by Muon's: 0.1 and 0.5 were worse in validation for Muon alone.
+# Of Adam's rate, for what is no kernel, embeddings too, by Muon's: chosen for Muon alone, which 0.1 and 0.5 held back.
 MUON_ADAM_FACTOR = 0.3
 
 State = tuple[optax.Params, optax.OptState]
@@ -257,6 +257,12 @@ def train(trial: Trial, advance: Callable[[int], None] = lambda _: None) -> Outc
 def best(tuning: Sequence[Outcome]) -> Outcome:
     """Returns the outcome with the lowest validation loss at the end; of equal ones that with the lowest rate."""
     return min(tuning, key=lambda outcome: (outcome.validation[-1], outcome.rate))
+
+
+def at_best_rate(cell: Sequence[Outcome]) -> list[Outcome]:
+    """Returns the outcomes of a method that read the test text, shorter trainings too, at the rate that is best."""
+    rate = best([outcome for outcome in cell if outcome.seed == 0]).rate
+    return [outcome for outcome in cell if outcome.seed and outcome.rate == rate]
 
 
 def cells(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcome]]:

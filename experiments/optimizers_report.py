@@ -139,7 +139,8 @@ def language_model_table(outcomes: Sequence[language_model.Outcome]) -> str:
         own = cells[network, method]
         tuning = [outcome for outcome in own if not outcome.seed]
         rate, steps = language_model.best(tuning).rate, tuning[0].steps
-        final = {o.seed: o for o in own if o.seed and (o.rate, o.steps) == (rate, steps)}
+        chosen = language_model.at_best_rate(own)
+        final = {outcome.seed: outcome for outcome in chosen if outcome.steps == steps}
         if not final:
             continue
         tests, ends = (
@@ -154,12 +155,10 @@ def language_model_table(outcomes: Sequence[language_model.Outcome]) -> str:
         if alone == method:
             rows.append([*row, "", "", ""])
             continue
-        of_alone = cells[network, alone]
-        alone_rate = language_model.best([o for o in of_alone if not o.seed]).rate
-        targets = {o.seed: o for o in of_alone if o.seed and o.rate == alone_rate}
+        targets = {outcome.seed: outcome for outcome in language_model.at_best_rate(cells[network, alone])}
         parts = np.array([part_of_steps(final[seed].validation, targets[seed].validation[-1]) for seed in final])
         time_ratio = milliseconds / np.median([target.milliseconds for target in targets.values()])
-        shorter = [o for o in own if o.seed and o.steps != steps]
+        shorter = [outcome for outcome in chosen if outcome.steps < steps]
         end = np.mean([o.validation[-1] for o in shorter]) if shorter else np.nan
         rows.append([*row, part_text(parts), part_text(parts * time_ratio), f"{end:.3f}" if shorter else ""])
     header = ["network", "method", "rate", "validation loss", "test loss", "range", "ms a step", "steps", "time"]
@@ -190,7 +189,7 @@ def along_training(outcomes: Sequence[language_model.Outcome]) -> Figure:
 
     Optimizers alone and in BNP's variables with its defaults; the table has the others.
     """
-    styles = {"{}": ":", "BNP({})": "-"}
+    cells, styles = language_model.cells(outcomes), {"{}": ":", "BNP({})": "-"}
     networks = list(dict.fromkeys(outcome.network for outcome in outcomes if outcome.seed))
     colors = dict(zip(language_model.OPTIMIZERS, ("#555555", "#E69F00", "#0072B2"), strict=True))
     figure, axes = figures.panels(
@@ -199,11 +198,8 @@ def along_training(outcomes: Sequence[language_model.Outcome]) -> Figure:
     for number, network in enumerate(networks):
         shown = {method: of for method, of in language_model.METHODS.items() if of[1] in styles}
         for method, (name, kind) in shown.items():
-            own = [o for o in outcomes if (o.network, o.method) == (network, method)]
-            tuning = [outcome for outcome in own if not outcome.seed]
-            final = [
-                o for o in own if o.seed and o.steps == tuning[0].steps and o.rate == language_model.best(tuning).rate
-            ]
+            own = cells.get((network, method), [])
+            final = [o for o in language_model.at_best_rate(own) if o.steps == own[0].steps] if own else []
             if not final:
                 continue
             curves = np.array([outcome.validation for outcome in final])

@@ -82,6 +82,9 @@ def test_the_language_model_is_judged_by_steps_and_by_time(tmp_path):
         make_losses("BNP(Adam)", 0.1, 1, "4 2 1 0.5", 3.0),
         make_losses("BNP(Adam)", 0.1, 2, "2 1 0.7 0.5", 3.0),
         make_losses("BNP(Adam)", 0.1, 1, "2 1", 3.0, steps=2),
+        # from before the grid was refined, when another rate was the best
+        make_losses("BNP(Adam)", 0.3, 1, "4 3 2 1.5", 3.0),
+        make_losses("BNP(Adam)", 0.3, 1, "4 3", 3.0, steps=2),
     ]
     runs.append_rows(tmp_path / "e7.csv", outcomes)
     rows = runs.read_rows(tmp_path / "e7.csv", language_model.Outcome)
