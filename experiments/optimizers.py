@@ -134,7 +134,15 @@ E3 = {
     ("Muon", 128): steps_of_ten(0.003, 0.03),
     ("Muon", 8): steps_of_ten(0.001, 0.01),
 }
-E9 = {(optimizer, size): E8_CNN[optimizer, size] for optimizer in OPTIMIZERS for size in (128, 4)}
+E9 = {
+    ("Momentum", 128): (0.03, 0.055, 0.1),  # around the best of one epoch at a falling rate
+    ("Momentum", 4): steps_of_ten(0.001, 0.03),
+    ("Adam", 128): (0.0017, 0.003, 0.0055),
+    ("Adam", 4): steps_of_ten(0.0003, 0.01),
+    ("Muon", 128): (0.017, 0.03, 0.055),
+    ("Muon", 4): steps_of_ten(0.001, 0.03),
+}
+E10 = {(optimizer, size): E8_CNN[optimizer, size] for optimizer in OPTIMIZERS for size in (128, 4)}
 LARGEST = {(optimizer, 128): E8_CNN[optimizer, 128] for optimizer in OPTIMIZERS}
 SETTINGS = {
     "a quarter of an epoch": Setting("cnn", "cifar-10", EPOCH // 4, ("BNP({})", *CHANGED, *CLIPPED, *BN), DEFAULTS),
@@ -142,7 +150,7 @@ SETTINGS = {
     "fully connected 3x100": Setting("mlp", "cifar-10", EPOCH, KINDS, E8_MLP),
     "5-layer CNN, falling rate": Setting("cnn", "cifar-10", EPOCH, (*HEADLINE, DAMPED_MUON), LARGEST, falls=True),
     "5-layer CNN, ten epochs": Setting("cnn", "cifar-10", 450_000, HEADLINE, E9, falls=True, augment=True),
-    "5-layer CNN, gray images": Setting("cnn", "fashion-mnist", EPOCH, HEADLINE, E9),
+    "5-layer CNN, gray images": Setting("cnn", "fashion-mnist", EPOCH, HEADLINE, E10),
     "5-layer CNN, large batches": Setting("cnn", "cifar-10", EPOCH, (*HEADLINE, "{} + BGN"), E11),
     "ResNet-20, five epochs": Setting("resnet20", "cifar-10", 225_000, RESIDUAL, E3, falls=True, augment=True),
 }

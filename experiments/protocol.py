@@ -120,7 +120,8 @@ def refined(
     """Runs every method of a grid at further rates, by one rule for all of them.
 
     Where the best rate is an end of the grid, the grid goes on by its last step until that is no longer so, or nothing
-    is left but divergence. Then come the rates halfway, by ratio, between the best one and its neighbours.
+    is left but divergence. Then come the rates halfway, by ratio, between the best one and its neighbours, where these
+    are further than a factor of 2.
 
     Args:
       grid: trainings with one seed, at more than one rate.
@@ -147,11 +148,12 @@ def beyond(cell: Sequence[Tried], best: Tried) -> list[Any]:
 
 
 def halfway(cell: Sequence[Tried], best: Tried) -> list[Any]:
-    """Returns the trainings between the best of a grid and its neighbours."""
+    """Returns the trainings between the best of a grid and its neighbours that are further than a factor of 2."""
     rates = sorted(outcome.rate for outcome in cell)
     place = rates.index(best.rate)
     neighbours = rates[max(place - 1, 0) : place] + rates[place + 1 : place + 2]
-    return [dataclasses.replace(best.trial, rate=rounded(math.sqrt(best.rate * rate))) for rate in neighbours]
+    far = [rate for rate in neighbours if not best.rate / 2 <= rate <= best.rate * 2]
+    return [dataclasses.replace(best.trial, rate=rounded(math.sqrt(best.rate * rate))) for rate in far]
 
 
 def rounded(rate: float) -> float:

@@ -124,6 +124,20 @@ def test_a_refined_grid_does_not_go_on_for_ever():
     assert refine(lambda rate: rate if rate < 0.5 else math.nan) == pytest.approx([0.9, 0.17, 0.52])
 
 
+@pytest.mark.parametrize(
+    ("best", "expected"),
+    [(0.03, []), (0.055, [0.1])],  # 0.1 = 0.055 * 0.055 / 0.03; and none between
+)
+def test_a_fine_grid_is_closed_and_not_refined_further(best, expected):
+    grid = [make_outcome(rate, -abs(math.log(rate / best))) for rate in (0.017, 0.03, 0.055)]
+
+    def sweep(todo):
+        return [make_outcome(trial.rate, -abs(math.log(trial.rate / best))) for trial in todo]
+
+    rates = [outcome.rate for outcome in protocol.refined(grid, sweep, protocol.by_cell, protocol.best)]
+    assert rates == [0.017, 0.03, 0.055, *expected]
+
+
 def test_every_method_of_a_grid_is_refined_by_itself():
     def accuracy(trial):
         return -abs(math.log(trial.rate / peaks[trial.method]))
