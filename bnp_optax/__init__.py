@@ -2,6 +2,7 @@
 
 from bnp_optax import linen, nnx
 from bnp_optax.bnp import KEEP_STATISTICS, PreconditionedState, bnp_sgd, preconditioned, scale_by_bnp
+from bnp_optax.inspection import Inspection, LayerInspection, inspect
 from bnp_optax.layers import Excluded, Layer, Layers, Parameter
 from bnp_optax.moments import InputMoments, input_moments
 from bnp_optax.statistics import LayerStatistics, Statistics
@@ -10,7 +11,9 @@ __all__ = [
     "KEEP_STATISTICS",
     "Excluded",
     "InputMoments",
+    "Inspection",
     "Layer",
+    "LayerInspection",
     "LayerStatistics",
     "Layers",
     "Parameter",
@@ -18,6 +21,7 @@ __all__ = [
     "Statistics",
     "bnp_sgd",
     "input_moments",
+    "inspect",
     "linen",
     "nnx",
     "preconditioned",

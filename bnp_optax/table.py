@@ -27,10 +27,10 @@ def table(layers: Sequence[tuple[str, str, Shape, int, str, int]], excluded: Seq
     if rows:
         header = ("layer", "kind", "kernel", "fan-in", "covers", "parameters")
         folded = [(path, *rest, f"{count * size:,}") for count, (path, *rest, size) in _fold(rows)]
-        parts.append(_align([header, *folded], "<<>><>"))
+        parts.append(align([header, *folded], "<<>><>"))
     for reason in dict.fromkeys(reason for _, _, reason in excluded):
         others = [(path, _show_shape(shape)) for path, shape, why in excluded if why == reason]
-        lines = _align([("  " + path, shape) for _, (path, shape) in _fold(others)], "<>")
+        lines = align([("  " + path, shape) for _, (path, shape) in _fold(others)], "<>")
         parts.append(f"Excluded: {reason}\n{lines}")
     layers_cover = "1 layer covers" if len(rows) == 1 else f"{len(rows)} layers cover"
     parts.append(
@@ -112,7 +112,8 @@ def _show_shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def _align(rows: Sequence[tuple[str, ...]], sides: str) -> str:
+def align(rows: Sequence[tuple[str, ...]], sides: str) -> str:
+    """Returns rows as columns of text, each to the side that a sign says: ``<`` left, ``>`` right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(f"{c:{side}{w}}" for c, side, w in zip(row, sides, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
