@@ -9,6 +9,8 @@ import batch_renorm
 import bjorck
 import normalizer_free
 import psi_sgd
+import quantized
+import trajectory
 import trials
 import warm_up
 
@@ -18,6 +20,8 @@ EXPERIMENTS: dict[str, trials.Experiment] = {
     "bjorck": bjorck.EXPERIMENT,
     "normalizer_free": normalizer_free.EXPERIMENT,
     "psi_sgd": psi_sgd.EXPERIMENT,
+    "quantized": quantized.EXPERIMENT,
+    "trajectory": trajectory.EXPERIMENT,
     "warm_up": warm_up.EXPERIMENT,
 }
 

@@ -22,10 +22,11 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 class Transformation(NamedTuple):
-    """How to make one of some layers, and what it is to parameters that no layer covers."""
+    """How to make one of some layers, what it is to parameters that no layer covers, and whether it asks for layers."""
 
     make: Callable[[bnp.Layers], optax.GradientTransformationExtraArgs]
-    rest: optax.GradientTransformation = optax.identity()
+    rest: optax.GradientTransformation | None = optax.identity()
+    of_layers: bool = True
 
 
 TRANSFORMATIONS = {
@@ -38,8 +39,12 @@ TRANSFORMATIONS = {
     "scale_by_critical_learning_rate": Transformation(
         lambda layers: contrib.scale_by_critical_learning_rate(1e9, layers), None
     ),
+    "trajectory_regularized": Transformation(
+        lambda layers: contrib.trajectory_regularized(optax.sgd(0.1, momentum=0.9), 1.0), None, of_layers=False
+    ),
 }
 OF_LAYERS = [name for name, entry in TRANSFORMATIONS.items() if entry.rest is not None]
+ASKS_FOR_LAYERS = [name for name, entry in TRANSFORMATIONS.items() if entry.of_layers]
 
 
 @pytest.fixture(scope="module", params=TRANSFORMATIONS)
@@ -195,13 +200,15 @@ def test_parameters_are_needed(entry):
         tx.update(dense_params(), tx.init(dense_params()))
 
 
-def test_layers_of_another_model_are_refused(entry):
-    tx, params = entry.make(DENSE), dense_params(4)
+@pytest.mark.parametrize("name", ASKS_FOR_LAYERS)
+def test_layers_of_another_model_are_refused(name):
+    tx, params = TRANSFORMATIONS[name].make(DENSE), dense_params(4)
     with pytest.raises(ValueError, match=r"w with shape \(3, 2\), but it has shape \(4, 2\)"):
         tx.update(params, tx.init(params), params)
 
 
 @pytest.mark.parametrize("layers", [None, bnp.Layers(()), nn.Dense(3)], ids=["none", "empty", "a model"])
-def test_what_is_no_layers_is_refused(entry, layers):
+@pytest.mark.parametrize("name", ASKS_FOR_LAYERS)
+def test_what_is_no_layers_is_refused(name, layers):
     with pytest.raises((TypeError, ValueError), match=r"[Ll]ayer"):
-        entry.make(layers)
+        TRANSFORMATIONS[name].make(layers)

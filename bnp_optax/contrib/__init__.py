@@ -19,11 +19,15 @@ from bnp_optax.contrib.effective import (
 )
 from bnp_optax.contrib.fixup import fixup_normal
 from bnp_optax.contrib.psi import PsiSgdState, is_scale_invariant, psi_sgd, scale_by_psi
+from bnp_optax.contrib.quantized import QuantizeUpdatesState, quantize_updates, round_to_grid
 from bnp_optax.contrib.standardized import nonlinearity_gain, standardize, standardized_layers
+from bnp_optax.contrib.trajectory import TrajectoryRegularizedState, trajectory_regularized
 
 __all__ = [
     "CriticalLearningRateState",
     "PsiSgdState",
+    "QuantizeUpdatesState",
+    "TrajectoryRegularizedState",
     "adaptive_grad_clip",
     "batch_group_normalize",
     "batch_group_normalize_inference",
@@ -37,11 +41,14 @@ __all__ = [
     "nonlinearity_gain",
     "predict_effective_learning_rates",
     "psi_sgd",
+    "quantize_updates",
     "ramp",
     "random_walk",
+    "round_to_grid",
     "scale_by_critical_learning_rate",
     "scale_by_psi",
     "spread",
     "standardize",
     "standardized_layers",
+    "trajectory_regularized",
 ]
