@@ -7,6 +7,8 @@ figures and writes the tables of what comes out.
 import batch_group_norm
 import batch_renorm
 import bjorck
+import instance_enhancement
+import mixture
 import normalizer_free
 import psi_sgd
 import quantized
@@ -18,6 +20,8 @@ EXPERIMENTS: dict[str, trials.Experiment] = {
     "batch_group_norm": batch_group_norm.EXPERIMENT,
     "batch_renorm": batch_renorm.EXPERIMENT,
     "bjorck": bjorck.EXPERIMENT,
+    "instance_enhancement": instance_enhancement.EXPERIMENT,
+    "mixture": mixture.EXPERIMENT,
     "normalizer_free": normalizer_free.EXPERIMENT,
     "psi_sgd": psi_sgd.EXPERIMENT,
     "quantized": quantized.EXPERIMENT,

@@ -13,7 +13,12 @@ from bnp_optax.contrib import linen as contrib_linen
 from bnp_optax.contrib import nnx as contrib_nnx
 
 APIS = ("linen", "nnx")
-LAYERS = {"BatchRenorm": {"r_max": 1.5, "d_max": 0.5}, "BatchGroupNorm": {"num_groups": 2}}
+LAYERS = {
+    "BatchRenorm": {"r_max": 1.5, "d_max": 0.5},
+    "BatchGroupNorm": {"num_groups": 2},
+    "InstanceEnhancementBatchNorm": {"gate_weight_init": nn.initializers.constant(0.5)},  # gates that differ
+    "MixtureNorm": {"num_components": 2},
+}
 DIRECTORIES = {"linen": contrib_linen, "nnx": contrib_nnx}
 BATCH_NORMS = {"linen": nn.BatchNorm, "nnx": nnx.BatchNorm}
 RAMP = contrib.ramp(hold=2, r_end=6, d_end=4)

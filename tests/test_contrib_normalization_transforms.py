@@ -140,7 +140,7 @@ def test_bnp_finds_and_records_the_linear_layers_beside(name):
     model = Network(layer_class("linen", name), LAYERS[name])
     layers = bnp.linen.find_layers(model, x)
     assert list(layers) == ["Dense_0", "Dense_1"]
-    assert reasons(layers).keys() == {"norm/scale", "norm/bias"}
+    assert reasons(layers).keys() >= {"norm/scale", "norm/bias"}
     assert all(f"{name} is not one of Flax's linear layers" in reason for reason in reasons(layers).values())
     variables = model.init(jax.random.key(0), x)
     (_, updated), records = quick_jit(functools.partial(bnp.linen.capture(model), mutable=["batch_stats"]))(
@@ -150,7 +150,7 @@ def test_bnp_finds_and_records_the_linear_layers_beside(name):
     assert np.abs(updated["batch_stats"]["norm"]["mean"]).min() > 1e-4
     module = NNXNetwork(layer_class("nnx", name), LAYERS[name])
     layers = bnp.nnx.find_layers(module, x)
-    assert reasons(layers).keys() == {"norm/scale", "norm/bias"}
+    assert reasons(layers).keys() >= {"norm/scale", "norm/bias"}
     before = jnp.copy(module.norm.mean[...])
     _, records = bnp.nnx.capture(module)(x)
     assert set(records) == set(layers) == {"first", "last"}

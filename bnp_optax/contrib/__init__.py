@@ -18,6 +18,8 @@ from bnp_optax.contrib.effective import (
     spread,
 )
 from bnp_optax.contrib.fixup import fixup_normal
+from bnp_optax.contrib.instance_enhancement import instance_enhanced_normalize, instance_enhanced_normalize_inference
+from bnp_optax.contrib.mixture import Mixture, initial_mixture, mixture_normalize, mixture_normalize_inference
 from bnp_optax.contrib.psi import PsiSgdState, is_scale_invariant, psi_sgd, scale_by_psi
 from bnp_optax.contrib.quantized import QuantizeUpdatesState, quantize_updates, round_to_grid
 from bnp_optax.contrib.standardized import nonlinearity_gain, standardize, standardized_layers
@@ -25,6 +27,7 @@ from bnp_optax.contrib.trajectory import TrajectoryRegularizedState, trajectory_
 
 __all__ = [
     "CriticalLearningRateState",
+    "Mixture",
     "PsiSgdState",
     "QuantizeUpdatesState",
     "TrajectoryRegularizedState",
@@ -37,7 +40,12 @@ __all__ = [
     "diagnostics",
     "effective_learning_rates",
     "fixup_normal",
+    "initial_mixture",
+    "instance_enhanced_normalize",
+    "instance_enhanced_normalize_inference",
     "is_scale_invariant",
+    "mixture_normalize",
+    "mixture_normalize_inference",
     "nonlinearity_gain",
     "predict_effective_learning_rates",
     "psi_sgd",

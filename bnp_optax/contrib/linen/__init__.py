@@ -3,12 +3,16 @@
 from bnp_optax.contrib.linen.batch_group_norm import BatchGroupNorm
 from bnp_optax.contrib.linen.batch_renorm import BatchRenorm
 from bnp_optax.contrib.linen.fixup import FixupBlock, ScalarBias, ScalarScale
+from bnp_optax.contrib.linen.instance_enhancement import InstanceEnhancementBatchNorm
+from bnp_optax.contrib.linen.mixture import MixtureNorm
 from bnp_optax.contrib.linen.standardized import WSConv, WSDense
 
 __all__ = [
     "BatchGroupNorm",
     "BatchRenorm",
     "FixupBlock",
+    "InstanceEnhancementBatchNorm",
+    "MixtureNorm",
     "ScalarBias",
     "ScalarScale",
     "WSConv",

@@ -3,12 +3,16 @@
 from bnp_optax.contrib.nnx.batch_group_norm import BatchGroupNorm
 from bnp_optax.contrib.nnx.batch_renorm import BatchRenorm
 from bnp_optax.contrib.nnx.fixup import FixupBlock, ScalarBias, ScalarScale
+from bnp_optax.contrib.nnx.instance_enhancement import InstanceEnhancementBatchNorm
+from bnp_optax.contrib.nnx.mixture import MixtureNorm
 from bnp_optax.contrib.nnx.standardized import WSConv, WSLinear
 
 __all__ = [
     "BatchGroupNorm",
     "BatchRenorm",
     "FixupBlock",
+    "InstanceEnhancementBatchNorm",
+    "MixtureNorm",
     "ScalarBias",
     "ScalarScale",
     "WSConv",
