@@ -7,6 +7,7 @@ figures and writes the tables of what comes out.
 import batch_group_norm
 import batch_renorm
 import bjorck
+import comparison
 import instance_enhancement
 import mixture
 import normalizer_free
@@ -22,6 +23,7 @@ EXPERIMENTS: dict[str, trials.Experiment] = {
     "bjorck": bjorck.EXPERIMENT,
     "instance_enhancement": instance_enhancement.EXPERIMENT,
     "mixture": mixture.EXPERIMENT,
+    "comparison": comparison.EXPERIMENT,
     "normalizer_free": normalizer_free.EXPERIMENT,
     "psi_sgd": psi_sgd.EXPERIMENT,
     "quantized": quantized.EXPERIMENT,

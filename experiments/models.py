@@ -68,6 +68,9 @@ class CNN(nn.Module):
       widths: channels of the convolutions.
       hidden: units of the first fully connected layer.
       group_size: channels of a group, for Group Normalization.
+      conv: the layer of the convolutions.
+      dense: that of the first fully connected layer.
+      activation: the nonlinearity.
       classes: number of classes.
     """
 
@@ -75,6 +78,9 @@ class CNN(nn.Module):
     widths: tuple[int, ...] = (32, 32, 64)
     hidden: int = 64
     group_size: int = 4
+    conv: Callable[..., Callable[[jax.Array], jax.Array]] = nn.Conv
+    dense: Callable[..., Callable[[jax.Array], jax.Array]] = nn.Dense
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
     classes: int = 10
 
     @nn.compact
@@ -82,8 +88,8 @@ class CNN(nn.Module):
         """Returns the logits."""
         norm = functools.partial(normalize, self.normalization, self.group_size, train)
         for width in self.widths:
-            x = nn.avg_pool(nn.relu(norm(nn.Conv(width, (3, 3))(x))), (2, 2), strides=(2, 2))
-        x = nn.relu(norm(nn.Dense(self.hidden)(x.reshape(x.shape[0], -1))))
+            x = nn.avg_pool(self.activation(norm(self.conv(width, (3, 3))(x))), (2, 2), strides=(2, 2))
+        x = self.activation(norm(self.dense(self.hidden)(x.reshape(x.shape[0], -1))))
         return nn.Dense(self.classes)(x)
 
 
