@@ -241,3 +241,5 @@ class TestErrors:
             quantize_updates(optax.sgd(0.1), limit=1.5)
         with pytest.raises(TypeError, match=r"inner must be an optax.GradientTransformation, .* not float"):
             quantize_updates(0.1)
+        with pytest.raises(TypeError, match=r"key must be a seed or a key of jax.random.key\(seed\)"):
+            quantize_updates(optax.sgd(0.1), key=jax.random.PRNGKey(0))

@@ -157,6 +157,11 @@ class TestInner:
             is_same = np.allclose(points[step + 1], w + alone, rtol=0, atol=1e-14)
             assert is_same == (step % 4 == 0)
 
+    def test_a_pull_that_is_infinite_pulls_nowhere_in_a_first_step(self, name):
+        """As the authors' pull is in the last step of a schedule that ends at a rate of 0."""
+        pulled = trajectory_regularized(INNERS[name], lambda count: jnp.inf)
+        np.testing.assert_array_equal(path(pulled, 1)[0], path(INNERS[name], 1)[0])
+
     def test_the_path_moves_with_its_start(self, name):
         """Decoupled weight decay apart, which pulls to zero."""
         inner = INNERS[name] if name != "adamw" else optax.adamw(0.1, weight_decay=0.0)

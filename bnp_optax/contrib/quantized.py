@@ -93,7 +93,8 @@ def quantize_updates(
     exactly: ``params + updates`` lies on the grid, not only near it. Rounded to the nearest point, a step shorter than
     ``delta / 2`` is none, however often it is repeated; rounded stochastically, a weight moves by ``u`` in the mean.
 
-    Parameters off the grid are put on its nearest point by their first update, which does nothing else; to begin there,
+    Parameters off the grid are put on its nearest point by their first update, which does nothing else; from beyond
+    twice the limit, where a difference is rounded, it may take a second one. To begin there,
     ``jax.tree.map(round_to_grid, params)``. Weights beyond the grid end at its end. So leave scales that begin at 1 out
     by the ``mask``, and with them biases and whatever is small in number and large in effect.
 
@@ -111,14 +112,15 @@ def quantize_updates(
       mask: which parameters are on the grid, as of ``optax.masked``: a tree of ``bool`` with the structure of the
         parameters or a prefix of it, or a function that makes one of them; ``None`` for all. The steps of others pass
         as they are.
-      key: of ``jax.random``, or a seed for one.
+      key: of ``jax.random``, or a seed for one. It is the same in every state that ``init`` makes: give members of an
+        ensemble that is mapped by ``jax.vmap`` keys of their own, ``state._replace(key=...)``.
 
     Returns:
       The optimizer, whose state is a :class:`QuantizeUpdatesState`. Its updates have the wider of the dtypes of the
       parameters and of the updates of ``inner``. ``update`` needs ``params``, and hands extra arguments on.
 
     Raises:
-      TypeError: if ``inner`` is no transformation.
+      TypeError: if ``inner`` is no transformation, or ``key`` neither a key nor a seed.
       ValueError: if ``bits``, ``limit`` or ``rounding`` is out of range; by ``init`` if the dtype of a parameter cannot
         hold the grid, as of :func:`round_to_grid`; by ``update`` without ``params``.
 
@@ -144,6 +146,10 @@ def quantize_updates(
     check_grid(bits, limit)
     if rounding not in get_args(Rounding):
         raise ValueError(f"rounding must be one of {', '.join(map(repr, get_args(Rounding)))}, but is {rounding!r}.")
+    if not _is_key(key) and jnp.ndim(key):
+        raise TypeError(
+            "key must be a seed or a key of jax.random.key(seed), not one of jax.random.PRNGKey."
+        )
     inner = optax.with_extra_args_support(inner)
     first_key = key if _is_key(key) else jax.random.key(key)
     quantizer = _quantizer(bits, limit, rounding)

@@ -45,7 +45,7 @@ def trajectory_regularized(
     learning rates that are so much lower.
 
     The authors' code has periods of 10 and writes ``2 lambda`` for the pull, with lambda a tenth of the first learning
-    rate over the present one, so that it grows as the rate falls: for a ``schedule`` of the rate,
+    rate over the present one, so that it grows as the rate falls: for a ``schedule`` of the rate that stays above 0,
     ``pull=lambda count: 0.2 * schedule(0) / schedule(count)``. Its weight decay is added to the pulled gradient, in
     front of the momentum: ``inner = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(schedule, 0.9))``. There a
     period also begins with every epoch, of which an optimizer knows nothing; here all are equally long.
@@ -115,8 +115,9 @@ def trajectory_regularized(
         def pulled(gradient: jax.Array, param: jax.Array, start: jax.Array) -> jax.Array:
             dtype = np.result_type(np.float32, gradient.dtype, param.dtype)
             away = param.astype(dtype) - start.astype(dtype)
-            new: jax.Array = gradient.astype(dtype) + jnp.asarray(strength, dtype) * away
-            return new.astype(gradient.dtype)
+            # as it is in the first step: there even a pull that is infinite, as the rate is 0, pulls nowhere
+            added = jnp.where(index == 0, 0, jnp.asarray(strength, dtype) * away)
+            return (gradient.astype(dtype) + added).astype(gradient.dtype)
 
         def shortened(step: jax.Array) -> jax.Array:
             dtype = np.result_type(np.float32, step.dtype)
