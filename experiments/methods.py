@@ -4,6 +4,7 @@ One experiment a method shows what its paper claims, or that it does not show he
 figures and writes the tables of what comes out.
 """
 
+import alignment
 import batch_group_norm
 import batch_renorm
 import bjorck
@@ -18,6 +19,7 @@ import trials
 import warm_up
 
 EXPERIMENTS: dict[str, trials.Experiment] = {
+    "alignment": alignment.EXPERIMENT,
     "batch_group_norm": batch_group_norm.EXPERIMENT,
     "batch_renorm": batch_renorm.EXPERIMENT,
     "bjorck": bjorck.EXPERIMENT,

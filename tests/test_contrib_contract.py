@@ -42,6 +42,12 @@ TRANSFORMATIONS = {
     "trajectory_regularized": Transformation(
         lambda layers: contrib.trajectory_regularized(optax.sgd(0.1, momentum=0.9), 1.0), None, of_layers=False
     ),
+    # its second update is the first of the second phase, which moves all parameters here
+    "explore_then_exploit": Transformation(
+        lambda layers: contrib.explore_then_exploit(optax.sgd(0.1, momentum=0.9), optax.sgd(0.2), 1, True),
+        None,
+        of_layers=False,
+    ),
 }
 OF_LAYERS = [name for name, entry in TRANSFORMATIONS.items() if entry.rest is not None]
 ASKS_FOR_LAYERS = [name for name, entry in TRANSFORMATIONS.items() if entry.of_layers]

@@ -5,6 +5,13 @@ Transformations and functions of arrays are here, layers in :mod:`bnp_optax.cont
 """
 
 from bnp_optax.contrib import diagnostics
+from bnp_optax.contrib.alignment import (
+    Alignment,
+    ExploreThenExploitState,
+    alignment_residual,
+    explore_then_exploit,
+    gated_head,
+)
 from bnp_optax.contrib.batch_group_norm import batch_group_normalize, batch_group_normalize_inference
 from bnp_optax.contrib.batch_renorm import batch_renormalize, batch_renormalize_inference, ramp
 from bnp_optax.contrib.clipping import adaptive_grad_clip
@@ -26,12 +33,15 @@ from bnp_optax.contrib.standardized import nonlinearity_gain, standardize, stand
 from bnp_optax.contrib.trajectory import TrajectoryRegularizedState, trajectory_regularized
 
 __all__ = [
+    "Alignment",
     "CriticalLearningRateState",
+    "ExploreThenExploitState",
     "Mixture",
     "PsiSgdState",
     "QuantizeUpdatesState",
     "TrajectoryRegularizedState",
     "adaptive_grad_clip",
+    "alignment_residual",
     "batch_group_normalize",
     "batch_group_normalize_inference",
     "batch_renormalize",
@@ -39,7 +49,9 @@ __all__ = [
     "critical_learning_rate",
     "diagnostics",
     "effective_learning_rates",
+    "explore_then_exploit",
     "fixup_normal",
+    "gated_head",
     "initial_mixture",
     "instance_enhanced_normalize",
     "instance_enhanced_normalize_inference",

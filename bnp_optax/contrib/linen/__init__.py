@@ -1,5 +1,6 @@
 """The other methods' layers for Flax Linen."""
 
+from bnp_optax.contrib.linen.alignment import GatedHead
 from bnp_optax.contrib.linen.batch_group_norm import BatchGroupNorm
 from bnp_optax.contrib.linen.batch_renorm import BatchRenorm
 from bnp_optax.contrib.linen.fixup import FixupBlock, ScalarBias, ScalarScale
@@ -11,6 +12,7 @@ __all__ = [
     "BatchGroupNorm",
     "BatchRenorm",
     "FixupBlock",
+    "GatedHead",
     "InstanceEnhancementBatchNorm",
     "MixtureNorm",
     "ScalarBias",

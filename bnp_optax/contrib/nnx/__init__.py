@@ -1,5 +1,6 @@
 """The other methods' layers for Flax NNX."""
 
+from bnp_optax.contrib.nnx.alignment import Gate, GatedHead
 from bnp_optax.contrib.nnx.batch_group_norm import BatchGroupNorm
 from bnp_optax.contrib.nnx.batch_renorm import BatchRenorm
 from bnp_optax.contrib.nnx.fixup import FixupBlock, ScalarBias, ScalarScale
@@ -11,6 +12,8 @@ __all__ = [
     "BatchGroupNorm",
     "BatchRenorm",
     "FixupBlock",
+    "Gate",
+    "GatedHead",
     "InstanceEnhancementBatchNorm",
     "MixtureNorm",
     "ScalarBias",
