@@ -7,6 +7,7 @@ figures and writes the tables of what comes out.
 import alignment
 import batch_group_norm
 import batch_renorm
+import binary
 import bjorck
 import comparison
 import instance_enhancement
@@ -14,6 +15,7 @@ import mixture
 import normalizer_free
 import psi_sgd
 import quantized
+import sampling
 import trajectory
 import trials
 import warm_up
@@ -22,6 +24,7 @@ EXPERIMENTS: dict[str, trials.Experiment] = {
     "alignment": alignment.EXPERIMENT,
     "batch_group_norm": batch_group_norm.EXPERIMENT,
     "batch_renorm": batch_renorm.EXPERIMENT,
+    "binary": binary.EXPERIMENT,
     "bjorck": bjorck.EXPERIMENT,
     "instance_enhancement": instance_enhancement.EXPERIMENT,
     "mixture": mixture.EXPERIMENT,
@@ -29,6 +32,7 @@ EXPERIMENTS: dict[str, trials.Experiment] = {
     "normalizer_free": normalizer_free.EXPERIMENT,
     "psi_sgd": psi_sgd.EXPERIMENT,
     "quantized": quantized.EXPERIMENT,
+    "sampling": sampling.EXPERIMENT,
     "trajectory": trajectory.EXPERIMENT,
     "warm_up": warm_up.EXPERIMENT,
 }

@@ -57,8 +57,20 @@ def test_online(monkeypatch, capsys):
     assert f"Adam {alone:.1f} %, in BNP's variables {inside:.1f} %" in capsys.readouterr().out
 
 
+def test_binary_network(monkeypatch, capsys):
+    example = load("binary_network")
+    monkeypatch.setattr(example, "EPOCHS", 3)
+    monkeypatch.setattr(example, "STAGES", {16: 1, 32: 1})
+    accuracies = example.main()
+    assert min(accuracies.values()) > 60  # a guess is right in 10 %
+    printed = capsys.readouterr().out
+    for name, accuracy in accuracies.items():
+        assert f"{name}, standardized weights: test accuracy" in printed
+        assert f"{name}, binary weights: test accuracy {accuracy:.1f} %" in printed
+
+
 def test_examples_are_short():
     """They are to be copied: one idea each."""
     lengths = {path.stem: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
-    assert set(lengths) == {"linen_train_state", "many_devices", "nnx_cnn", "online", "transformer"}
+    assert set(lengths) == {"binary_network", "linen_train_state", "many_devices", "nnx_cnn", "online", "transformer"}
     assert max(lengths.values()) <= 100

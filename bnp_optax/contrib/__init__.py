@@ -14,6 +14,7 @@ from bnp_optax.contrib.alignment import (
 )
 from bnp_optax.contrib.batch_group_norm import batch_group_normalize, batch_group_normalize_inference
 from bnp_optax.contrib.batch_renorm import batch_renormalize, batch_renormalize_inference, ramp
+from bnp_optax.contrib.binary import binarize_standardized, binary_sign, block_betas, rprelu
 from bnp_optax.contrib.clipping import adaptive_grad_clip
 from bnp_optax.contrib.effective import (
     CriticalLearningRateState,
@@ -29,23 +30,30 @@ from bnp_optax.contrib.instance_enhancement import instance_enhanced_normalize, 
 from bnp_optax.contrib.mixture import Mixture, initial_mixture, mixture_normalize, mixture_normalize_inference
 from bnp_optax.contrib.psi import PsiSgdState, is_scale_invariant, psi_sgd, scale_by_psi
 from bnp_optax.contrib.quantized import QuantizeUpdatesState, quantize_updates, round_to_grid
+from bnp_optax.contrib.sampling import BernoulliNoise, GaussianNoise, activation_probability, sample_units
 from bnp_optax.contrib.standardized import nonlinearity_gain, standardize, standardized_layers
 from bnp_optax.contrib.trajectory import TrajectoryRegularizedState, trajectory_regularized
 
 __all__ = [
     "Alignment",
+    "BernoulliNoise",
     "CriticalLearningRateState",
     "ExploreThenExploitState",
+    "GaussianNoise",
     "Mixture",
     "PsiSgdState",
     "QuantizeUpdatesState",
     "TrajectoryRegularizedState",
+    "activation_probability",
     "adaptive_grad_clip",
     "alignment_residual",
     "batch_group_normalize",
     "batch_group_normalize_inference",
     "batch_renormalize",
     "batch_renormalize_inference",
+    "binarize_standardized",
+    "binary_sign",
+    "block_betas",
     "critical_learning_rate",
     "diagnostics",
     "effective_learning_rates",
@@ -65,6 +73,8 @@ __all__ = [
     "ramp",
     "random_walk",
     "round_to_grid",
+    "rprelu",
+    "sample_units",
     "scale_by_critical_learning_rate",
     "scale_by_psi",
     "spread",

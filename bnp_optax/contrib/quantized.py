@@ -147,9 +147,7 @@ def quantize_updates(
     if rounding not in get_args(Rounding):
         raise ValueError(f"rounding must be one of {', '.join(map(repr, get_args(Rounding)))}, but is {rounding!r}.")
     if not _is_key(key) and jnp.ndim(key):
-        raise TypeError(
-            "key must be a seed or a key of jax.random.key(seed), not one of jax.random.PRNGKey."
-        )
+        raise TypeError("key must be a seed or a key of jax.random.key(seed), not one of jax.random.PRNGKey.")
     inner = optax.with_extra_args_support(inner)
     first_key = key if _is_key(key) else jax.random.key(key)
     quantizer = _quantizer(bits, limit, rounding)
