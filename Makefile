@@ -4,7 +4,7 @@ READY := .venv/ready
 DATA_DIR ?= data
 RESULTS ?= $(if $(QUICK),quick-results,experiments/results)
 
-.PHONY: demo test check-experiments lint paper methods optimizers figures benchmark clean
+.PHONY: demo test check-experiments lint docs paper methods optimizers figures benchmark clean
 
 demo: $(READY)  ## Train on handwritten digits with SGD, BatchNorm and BNP (ARGS=--help explains the options).
 	$(BIN)/python experiments/digits.py $(ARGS)
@@ -19,6 +19,10 @@ lint: $(READY)  ## Check style, format and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)  ## Build the documentation, running its notebooks, into docs/_build/html; warnings are errors.
+	XLA_FLAGS='--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false' \
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs . docs/_build/html
 
 paper: $(READY)  ## Run the paper's experiments on the files in DATA_DIR; QUICK=1: minutes, on data that needs none.
 	$(BIN)/python experiments/paper.py --data-dir $(DATA_DIR) --results $(RESULTS) $(if $(QUICK),--quick) $(ARGS)
