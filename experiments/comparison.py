@@ -29,7 +29,7 @@ from bnp_optax.contrib import linen as contrib_linen
 from protocol import Outcome, Trial
 
 SETTING, GROUP_SIZE, GROUPS = "5-layer CNN", 8, 8
-EXAMPLES, QUICK_STEPS, QUICK_METHODS = 25_600, 10, ("none", "BN", "BNP")
+EXAMPLES, QUICK_STEPS, QUICK_METHODS = 25_600, 10, ("none", "BN")
 RATES = {
     ("Momentum", 128): optimizers.steps_of_ten(0.01, 0.3),
     ("Momentum", 4): optimizers.steps_of_ten(0.001, 0.03),

@@ -135,11 +135,11 @@ E3 = {
     ("Muon", 8): steps_of_ten(0.001, 0.01),
 }
 E9 = {
-    ("Momentum", 128): (0.03, 0.055, 0.1),  # around the best of one epoch at a falling rate
+    ("Momentum", 128): (0.017, 0.03, 0.055, 0.1),  # around the best of one epoch at a falling rate
     ("Momentum", 4): steps_of_ten(0.001, 0.03),
-    ("Adam", 128): (0.0017, 0.003, 0.0055),
+    ("Adam", 128): (0.001, 0.0017, 0.003, 0.0055),
     ("Adam", 4): steps_of_ten(0.0003, 0.01),
-    ("Muon", 128): (0.017, 0.03, 0.055),
+    ("Muon", 128): (0.01, 0.017, 0.03, 0.055),
     ("Muon", 4): steps_of_ten(0.001, 0.03),
 }
 E10 = {(optimizer, size): E8_CNN[optimizer, size] for optimizer in OPTIMIZERS for size in (128, 4)}
