@@ -18,9 +18,9 @@ from jax.typing import ArrayLike, DTypeLike
 from bnp_optax.contrib.normalization import (
     as_kept,
     as_real,
-    batch_moments,
     broadcast_mask,
     feature_axes,
+    moments_or_running,
     moving_average,
 )
 
@@ -193,19 +193,17 @@ def batch_group_normalize(
     x = as_real(x, dtype)
     view = grouping(x.shape, num_groups, axis=axis, spatial_shape=spatial_shape)
     groups = view.split(x)
-    running_mean, running_var = (as_kept(each, groups, view.axes, "running statistic") for each in (mean, var))
-    moments = batch_moments(
+    batch_mean, batch_var = moments_or_running(
         groups,
         view.axes,
+        mean,
+        var,
         mask=None if mask is None else view.split(broadcast_mask(mask, x.shape)),
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         use_fast_variance=use_fast_variance,
     )
-    wide = running_mean.dtype
-    batch_mean = jnp.where(moments.observed, moments.mean.astype(wide), running_mean)
-    batch_var = jnp.where(moments.observed, moments.variance.astype(wide), running_var)
-    normalized = (groups.astype(wide) - batch_mean) * jax.lax.rsqrt(batch_var + epsilon)
+    normalized = (groups.astype(batch_mean.dtype) - batch_mean) * jax.lax.rsqrt(batch_var + epsilon)
     return GroupNormalized(
         view.merge(normalized), moving_average(mean, batch_mean, momentum), moving_average(var, batch_var, momentum)
     )

@@ -16,9 +16,9 @@ from jax.typing import ArrayLike, DTypeLike
 from bnp_optax.contrib.normalization import (
     as_kept,
     as_real,
-    batch_moments,
     broadcast_mask,
     feature_axes,
+    moments_or_running,
     moving_average,
 )
 
@@ -154,18 +154,16 @@ def instance_enhanced_normalize(
     gate = instance_gate(x, gate_weight, gate_bias, axis=axis, dtype=dtype, mask=mask)
     x = as_real(x, dtype)
     axes = feature_axes(x.ndim, axis)
-    running_mean, running_var = (as_kept(each, x, axes, "running statistic") for each in (mean, var))
-    moments = batch_moments(
+    batch_mean, batch_var = moments_or_running(
         x,
         axes,
+        mean,
+        var,
         mask=mask,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         use_fast_variance=use_fast_variance,
     )
-    wide = running_mean.dtype
-    batch_mean = jnp.where(moments.observed, moments.mean.astype(wide), running_mean)
-    batch_var = jnp.where(moments.observed, moments.variance.astype(wide), running_var)
     return InstanceEnhanced(
         _gated(x, batch_mean, batch_var, gate, epsilon),
         moving_average(mean, batch_mean, momentum),

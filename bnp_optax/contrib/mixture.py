@@ -20,9 +20,9 @@ from jax.typing import ArrayLike, DTypeLike
 from bnp_optax.contrib.normalization import (
     as_kept,
     as_real,
-    batch_moments,
     broadcast_mask,
     feature_axes,
+    moments_or_running,
     moving_average,
 )
 
@@ -279,12 +279,10 @@ def mixture_normalize(
         raise ValueError(f"em_steps is {em_steps}, and must be 1 or more: the last step gives the moments.")
     x = as_real(x, dtype)
     axes = feature_axes(x.ndim, axis)
-    running_mean, running_var = (as_kept(each, x, axes, "running statistic") for each in (mean, var))
     pooling: dict[str, Any] = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
-    moments = batch_moments(x, axes, mask=mask, use_fast_variance=use_fast_variance, **pooling)
-    wide = running_mean.dtype
-    batch_mean = jnp.where(moments.observed, moments.mean.astype(wide), running_mean)
-    batch_var = jnp.where(moments.observed, moments.variance.astype(wide), running_var)
+    batch_mean, batch_var = moments_or_running(
+        x, axes, mean, var, mask=mask, use_fast_variance=use_fast_variance, **pooling
+    )
     z, epsilon_of_z = _standardized(x, batch_mean, batch_var, epsilon, axes)
     start = _of_rows(mixture, z)
     counted = None if mask is None else _rows(broadcast_mask(mask, x.shape), axes)

@@ -176,6 +176,38 @@ def batch_moments(
     return BatchMoments(mean, variance, count > 0)
 
 
+def moments_or_running(
+    x: jax.Array, axes: Sequence[int], mean: jax.Array, variance: jax.Array, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Returns mean and variance of a batch, and the running ones where nothing was observed.
+
+    Args:
+      x: the batch, in float32 or wider.
+      axes: the axes that are not pooled.
+      mean: the running mean, one number a feature.
+      variance: the running variance, likewise.
+      **options: those of :func:`batch_moments`.
+
+    Returns:
+      Both in the rank of the batch, and in its dtype or that of the running ones, whichever is wider.
+
+    Raises:
+      ValueError: if a running one is not of the features of the batch, or the mask does not fit.
+
+    Example:
+      >>> hidden = jnp.array([[True, False]])
+      >>> moments_or_running(jnp.array([[3.0, 9.0]]), (1,), jnp.ones(2), jnp.full(2, 4.0), mask=hidden)
+      (Array([[3., 1.]], dtype=float32), Array([[0., 4.]], dtype=float32))
+    """
+    running_mean, running_variance = (as_kept(each, x, axes, "running statistic") for each in (mean, variance))
+    moments = batch_moments(x, axes, **options)
+    wide = running_mean.dtype
+    return (
+        jnp.where(moments.observed, moments.mean.astype(wide), running_mean),
+        jnp.where(moments.observed, moments.variance.astype(wide), running_variance),
+    )
+
+
 def broadcast_mask(mask: ArrayLike, shape: Sequence[int]) -> jax.Array:
     """Returns a mask as booleans of the input's shape.
 
