@@ -1,9 +1,11 @@
 """How Sphinx builds the documentation, whose pages lie in docs/ and, for the results, beside their CSV files."""
 
+import importlib.metadata
+
 project = "bnp_optax"
 author = "The bnp_optax authors"
 project_copyright = "2026, the bnp_optax authors"
-version = release = "0.1.0"
+version = release = importlib.metadata.version(project)
 
 root_doc = "docs/index"
 include_patterns = ["docs/**", "experiments/results/*.md", "CONTRIBUTING.md", "CHANGELOG.md"]

@@ -38,7 +38,7 @@ RATES = {
 }
 CLIPPING = 0.04
 COSTS = "comparison_costs.csv"
-SECONDS = 120  # of measured steps, for every batch size
+SECONDS = 45  # of measured steps, for every batch size
 SIGNAL = 1e-6  # in nats: the least gradient that is more than rounding
 
 
