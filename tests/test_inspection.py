@@ -109,6 +109,17 @@ def test_any_state_that_holds_one_of_bnp(wrap):
     assert np.isnan(inspection["kernel"].mean_off)
 
 
+@pytest.mark.parametrize("inputs", [1024, 1025])
+def test_eigenvalues_of_wide_layers_are_not_computed(inputs):
+    layers = bnp.Layers((bnp.Layer.dense(("w",), (inputs, 1), bias=("b",)),))
+    state = bnp.scale_by_bnp(layers).init({"w": jnp.ones((inputs, 1)), "b": jnp.ones(1)})
+    inspection = bnp.inspect(layers, state)
+    before, after = inspection["w"].condition
+    assert np.isnan(before) == (inputs > 1024)
+    assert after == pytest.approx(1.0101)  # the damping of the start: 1 + 0.01 + 0.0001
+    assert ("? -> 1.01" in str(inspection)) == (inputs > 1024)
+
+
 def test_what_it_prints_and_draws():
     own, layer, state = trained(True)
     left = bnp.Excluded(("scale",), (3,), "it is no kernel")
@@ -135,6 +146,8 @@ def test_what_does_not_fit_is_refused():
     _, layer, state = trained(True)
     with pytest.raises(ValueError, match="holds 0 states of BNP"):
         bnp.inspect(bnp.Layers((layer,)), optax.adam(1.0).init({"w": jnp.ones(3)}))
+    with pytest.raises(ValueError, match="holds 2 states of BNP"):
+        bnp.inspect(bnp.Layers((layer,)), (state, state))
     other = bnp.Layers((bnp.Layer.dense(("v",), (4, 3)),))
     with pytest.raises(ValueError, match="no statistics of v"):
         bnp.inspect(other, state)
