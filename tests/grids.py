@@ -5,7 +5,6 @@ import functools
 import jax
 import numpy as np
 import optax
-from helpers import quick_jit
 
 from bnp_optax.contrib.quantized import round_to_grid
 
@@ -37,5 +36,5 @@ def train(tx, params, gradients, steps, **extra):
 
 
 def one_update(tx, params, gradients):
-    update = quick_jit(tx.update)
+    update = jax.jit(tx.update)
     return update(gradients, tx.init(params), params)

@@ -17,11 +17,6 @@ from oracles import step_of_batch
 
 import bnp_optax as bnp
 
-# Each program runs but a few times: so XLA compiles it by its older emitters and optimizes nothing.
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-)
-
 
 def normal(seed, *shape, mean=1, deviation=2):
     """Numbers that are neither centred nor of variance 1."""
@@ -102,7 +97,7 @@ def make_step(tx, gradients):
 
 def compiled(tx):
     """Returns a transformation each of whose functions is compiled."""
-    return optax.GradientTransformationExtraArgs(quick_jit(tx.init), quick_jit(tx.update))
+    return optax.GradientTransformationExtraArgs(jax.jit(tx.init), jax.jit(tx.update))
 
 
 def abstract(tx):
@@ -112,7 +107,7 @@ def abstract(tx):
 
 def train(tx, gradients, params, batches):
     """Returns parameters and state after a step on each batch, a tuple of the arguments of `gradients`."""
-    step, state = quick_jit(make_step(tx, gradients)), quick_jit(tx.init)(params)
+    step, state = jax.jit(make_step(tx, gradients)), jax.jit(tx.init)(params)
     for batch in batches:
         params, state = step(params, state, *batch)
     return params, state
@@ -120,7 +115,7 @@ def train(tx, gradients, params, batches):
 
 def init(model, *args, seed=0, **kwargs):
     """Returns the parameters of a Linen model."""
-    return quick_jit(lambda key: model.init(key, *args, **kwargs)["params"])(jax.random.key(seed))
+    return jax.jit(lambda key: model.init(key, *args, **kwargs)["params"])(jax.random.key(seed))
 
 
 def second_update(layers, params, gradients, records):
@@ -133,7 +128,7 @@ def second_update(layers, params, gradients, records):
 def update_of(layers, model, params, x):
     """Returns the second update of a Linen model, or of a function that returns its output and records."""
     gradients = gradients_and_records(model)
-    return quick_jit(lambda params, x: second_update(layers, params, *gradients(params, x)))(params, x)
+    return jax.jit(lambda params, x: second_update(layers, params, *gradients(params, x)))(params, x)
 
 
 def model_update(model, params, x):
@@ -168,14 +163,14 @@ def inputs_of(layers, model, params, *args):
             model.apply({"params": params}, *args)
         return dict(inputs)
 
-    return jax.tree.map(np.asarray, quick_jit(forward)(params, *args))
+    return jax.tree.map(np.asarray, jax.jit(forward)(params, *args))
 
 
 def step_of(layers, run, params, *args, loss=weigh):
     """Returns gradients, and what BNP makes of them where the statistics are those of this batch."""
     tx = bnp.scale_by_bnp(layers, decay=0.0, prior_examples=None)
 
-    @quick_jit
+    @jax.jit
     def update(params, *args):
         def loss_fn(params):
             output, records = run(params, *args)
@@ -247,7 +242,7 @@ def make(cls, *args, seed=0, **kwargs):
 def compiled_call(function, model, *args):
     """Returns `function(model, *args)`, compiled."""
     graphdef, state = nnx.split(model)
-    return quick_jit(lambda state, *args: function(nnx.merge(graphdef, state), *args))(state, *args)
+    return jax.jit(lambda state, *args: function(nnx.merge(graphdef, state), *args))(state, *args)
 
 
 class Wrapped(nnx.Module):
@@ -276,7 +271,7 @@ def nnx_update(model, x):
         output, records = bnp.nnx.capture(model)(x)
         return weigh(output), records
 
-    @quick_jit
+    @jax.jit
     def update(params, rest, x):
         gradients, records = nnx.grad(loss, has_aux=True)(nnx.merge(graphdef, params, rest), x)
         return second_update(layers, pure(params), pure(gradients), records)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from helpers import compiled, quick_jit, with_statistics
+from helpers import compiled, with_statistics
 
 import bnp_optax as bnp
 from bnp_optax import Layer, Parameter, analysis
@@ -45,16 +45,16 @@ def random_state(layer, params, rng, eps=(1e-2, 1e-4)):
     return with_statistics(state, "kernel", mean=mean, variance=variance, damping=damping, scale=scale)
 
 
-p_of = quick_jit(analysis.preconditioner, static_argnums=0)
+p_of = jax.jit(analysis.preconditioner, static_argnums=0)
 
 
 def hessian(loss_fn, params, layer=DENSE, **options):
-    return quick_jit(lambda params: analysis.hessian(loss_fn, params, layer, **options))(params)
+    return jax.jit(lambda params: analysis.hessian(loss_fn, params, layer, **options))(params)
 
 
 def top_eigenvalue(loss_fn, params, layer, *state, products):
     run = functools.partial(analysis.top_eigenvalue, loss_fn, products=products)
-    return quick_jit(lambda params, *state: run(params, layer, *state))(params, *state)
+    return jax.jit(lambda params, *state: run(params, layer, *state))(params, *state)
 
 
 def vector(layer, tree):
@@ -205,7 +205,7 @@ def test_all_of_it_compiles():
     _, loss_fn, params, _ = softmax_regression(rng, scales=1.0)
     state = random_state(DENSE, params, rng)
 
-    @quick_jit
+    @jax.jit
     def numbers(params, state):
         h, p = analysis.hessian(loss_fn, params, DENSE), analysis.preconditioner(DENSE, state)
         top = analysis.top_eigenvalue(loss_fn, params, DENSE, state, products=18)

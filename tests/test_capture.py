@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import Wrapped, assert_moments, assert_same, gradients_and_records, init, make, normal, quick_jit
+from helpers import Wrapped, assert_moments, assert_same, gradients_and_records, init, make, normal
 
 import bnp_optax as bnp
 
@@ -149,7 +149,7 @@ def branches(request):
     def run(params, x, index):
         return bnp.linen.capture(model, layers=layers)({"params": params}, x, index)
 
-    @quick_jit
+    @jax.jit
     def step(state, index):
         gradients, records = gradients_and_records(run)(params, (x, index))
         return tx.update(gradients, state, intermediates=records)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from helpers import compiled, forward, init, quick_jit
+from helpers import compiled, forward, init
 
 import bnp_optax as bnp
 
@@ -25,7 +25,9 @@ TRAINING = Path(__file__).parent / "programs" / "resumable_training.py"
 
 def train(directory, *arguments, devices=1):
     command = [sys.executable, str(TRAINING), str(directory), *map(str, arguments)]
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = os.environ | {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    }
     return subprocess.run(  # noqa: S603
         command, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
@@ -60,7 +62,7 @@ def trained(features=5):
     model, x = nn.Sequential([nn.Dense(features), nn.relu, nn.Dense(2)]), jnp.ones((4, 3))
     params = init(model, x)
     tx = compiled(bnp.bnp_sgd(0.1, bnp.linen.find_layers(model, x), momentum=0.9))
-    _, records = quick_jit(forward(model))(params, x)
+    _, records = jax.jit(forward(model))(params, x)
     _, state = tx.update(params, tx.init(params), params, intermediates=records)
     return params, tx, state, records
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import abstract, compiled, make_step, map_statistics, quick_jit, statistics_in, with_statistics
+from helpers import abstract, compiled, make_step, map_statistics, statistics_in, with_statistics
 from transformations import (
     ADAM,
     DENSE,
@@ -96,7 +96,7 @@ def test_eager_compiled_and_mapped_updates_agree(entry, tx):
 
     members = [(p.params, p.gradients, p.records) for p in (problem(), another_problem())]
     mapped = jax.vmap(lambda params, g, r: eager.update(g, eager.init(params), params, intermediates=r))
-    updates, state = quick_jit(mapped)(*jax.tree.map(lambda *leaves: jnp.stack(leaves), *members))
+    updates, state = jax.jit(mapped)(*jax.tree.map(lambda *leaves: jnp.stack(leaves), *members))
     for k, (params, gradients, records) in enumerate(members):
         expected = update(tx, params=params, gradients=gradients, records=records)
         member = jax.tree.map(lambda leaf, k=k: leaf[k], (updates, state))
@@ -117,7 +117,7 @@ def test_a_donated_state_is_used_up_and_changes_no_result(entry):
     tx = entry.make(problem().layers)
     step = make_step(tx, lambda params, gradients, records: (gradients, records))
     batch = problem().gradients, problem().records
-    donating, plain = quick_jit(step, donate_argnums=(0, 1)), quick_jit(step)
+    donating, plain = jax.jit(step, donate_argnums=(0, 1)), jax.jit(step)
     expected = problem().params, tx.init(problem().params)
     actual = jax.tree.map(jnp.copy, problem().params), tx.init(problem().params)
     for _ in range(2):
@@ -276,7 +276,7 @@ def test_injected_schedules_equal_plain_numbers_at_each_step(entry):
         "eps_relative": optax.linear_schedule(0.1, 0.01, 4),
     }
     injected = compiled(entry.injected(**schedules))
-    plain = quick_jit(lambda numbers, state: update(entry.optimizer(**numbers), state))
+    plain = jax.jit(lambda numbers, state: update(entry.optimizer(**numbers), state))
     state, plain_state = (tx.init(problem().params) for tx in (injected, entry.optimizer()))
     for step in range(4):
         expected, plain_state = plain({name: schedule(step) for name, schedule in schedules.items()}, plain_state)

@@ -13,7 +13,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import quick_jit
 
 import bnp_optax as bnp
 from bnp_optax.contrib.alignment import alignment_residual, explore_then_exploit, gated_head
@@ -36,7 +35,7 @@ def linear(theta, a):
     return (a @ jnp.concatenate([theta["first"], theta["second"]])).reshape(-1, 2)
 
 
-@functools.partial(quick_jit, static_argnames="iterations")
+@functools.partial(jax.jit, static_argnames="iterations")
 def of_matrix(a, y, iterations=None):
     theta = {"first": jnp.full(2, 0.3, a.dtype), "second": jnp.full(a.shape[1] - 2, -0.7, a.dtype)}
     return alignment_residual(linear, theta, a, y.reshape(-1, 2), iterations=iterations)
@@ -178,7 +177,7 @@ def test_a_network_is_measured_at_its_parameters(iterations):
     def network(params, x):
         return jnp.tanh(x @ params["w"]) @ params["v"]
 
-    @quick_jit
+    @jax.jit
     def find(params):
         whole = alignment_residual(network, params, x, y, iterations=iterations)
         last = alignment_residual(lambda v, x: network({**params, "v": v}, x), params["v"], x, y, iterations=iterations)
@@ -199,8 +198,8 @@ def test_outputs_can_be_mapped_one_by_one():
         f = lambda w, z: gated_head(z, w[:, None], output[None], hidden[:, None])[:, 0]  # noqa: E731
         return alignment_residual(f, hidden, z, y)
 
-    each = quick_jit(jax.vmap(own, (1, 0, 1)))(hidden, output, y)
-    whole = quick_jit(lambda: alignment_residual(lambda w, z: gated_head(z, w, output, hidden), hidden, z, y))()
+    each = jax.jit(jax.vmap(own, (1, 0, 1)))(hidden, output, y)
+    whole = jax.jit(lambda: alignment_residual(lambda w, z: gated_head(z, w, output, hidden), hidden, z, y))()
     norms = np.linalg.norm(y, axis=0)
     np.testing.assert_allclose(np.linalg.norm(each.residual * norms) / np.linalg.norm(norms), whole.residual, rtol=1e-9)
     assert int(whole.rank) == int(each.rank.sum())
@@ -211,7 +210,7 @@ def test_low_precision_is_computed_in_float32(dtype):
     a, y = draw(0, 12, 4), draw(1, 12)
     cast = lambda array: jnp.asarray(array).astype(dtype)  # noqa: E731
     f = lambda w, x: x.astype(w.dtype) @ w  # noqa: E731
-    found = quick_jit(functools.partial(alignment_residual, f))(cast(np.ones(4)), cast(a), cast(y))
+    found = jax.jit(functools.partial(alignment_residual, f))(cast(np.ones(4)), cast(a), cast(y))
     expected = least_squares_residual(np.asarray(cast(a), float), np.asarray(cast(y), float))
     np.testing.assert_allclose(found.residual, expected, rtol=1e-5)
     assert found.residual.dtype == np.float32
@@ -270,18 +269,18 @@ def test_a_tied_gate_tends_to_relu_with_its_slope():
 
 def test_a_tied_gate_has_the_gradient_through_both():
     loss = lambda w, r: jnp.square(gated_head(Z, w, OUTPUT, r, slope=2.0)).sum()  # noqa: E731
-    tied = quick_jit(jax.grad(lambda w: loss(w, None)))(HIDDEN)
-    apart = quick_jit(jax.grad(loss, argnums=(0, 1)))(HIDDEN, HIDDEN)
+    tied = jax.jit(jax.grad(lambda w: loss(w, None)))(HIDDEN)
+    apart = jax.jit(jax.grad(loss, argnums=(0, 1)))(HIDDEN, HIDDEN)
     np.testing.assert_allclose(tied, sum(apart), rtol=1e-11)
     assert np.abs(apart[1]).max() > 0.1
 
 
 def test_outputs_are_the_jacobian_times_the_hidden_weights_if_and_only_if_the_gate_is_frozen():
     f = lambda w, gate: gated_head(Z, w, OUTPUT, gate)  # noqa: E731
-    along = quick_jit(lambda gate: jax.jvp(lambda w: f(w, gate), (HIDDEN,), (HIDDEN,)))
+    along = jax.jit(lambda gate: jax.jvp(lambda w: f(w, gate), (HIDDEN,), (HIDDEN,)))
     value, slope = along(GATE)
     np.testing.assert_allclose(slope, value, rtol=1e-14, atol=1e-14)
-    jacobian = quick_jit(jax.jacrev(lambda w: f(w, GATE)))
+    jacobian = jax.jit(jax.jacrev(lambda w: f(w, GATE)))
     jacobians = [jacobian(w) for w in (HIDDEN, GATE)]
     np.testing.assert_array_equal(*jacobians)
     value, slope = along(None)
@@ -293,7 +292,7 @@ def test_the_loss_is_convex_if_and_only_if_the_gate_is_frozen():
 
     def smallest_eigenvalue(gate):
         loss = lambda w: jnp.square(gated_head(Z, w.reshape(HIDDEN.shape), OUTPUT, gate, slope=2.0) - y).sum()  # noqa: E731
-        return np.linalg.eigvalsh(quick_jit(jax.hessian(loss))(HIDDEN.ravel())).min()
+        return np.linalg.eigvalsh(jax.jit(jax.hessian(loss))(HIDDEN.ravel())).min()
 
     assert smallest_eigenvalue(GATE) > -1e-11
     assert smallest_eigenvalue(None) < -0.1
@@ -302,7 +301,7 @@ def test_the_loss_is_convex_if_and_only_if_the_gate_is_frozen():
 def test_a_wide_head_reaches_all_targets_and_a_narrow_one_does_not():
     """The independence of the rows vec((v * sigmoid(slope R z)) z') decides, and least squares finds the weights."""
     z, y = np.append(draw(0, 20, 4), np.ones((20, 1)), 1), draw(1, 20, 2)
-    of_head = quick_jit(lambda z, w, v, y: alignment_residual(lambda own, z: gated_head(z, own, v, w), w, z, y))
+    of_head = jax.jit(lambda z, w, v, y: alignment_residual(lambda own, z: gated_head(z, own, v, w), w, z, y))
     for width, reaches in ((2, False), (8, True)):
         hidden, output = draw(2, 5, 2, width), draw(3, 2, width)
         found = of_head(z, hidden, output, y)
@@ -344,13 +343,13 @@ def test_shapes_that_do_not_fit_are_refused(arrays):
 @functools.cache
 def applied(head, frozen=False, mutable=False):
     """The compiled application of a head of Linen to the features above."""
-    return quick_jit(lambda variables: head.apply(variables, Z, frozen, mutable=mutable))
+    return jax.jit(lambda variables: head.apply(variables, Z, frozen, mutable=mutable))
 
 
 @functools.cache
 def linen_head(**options):
     head = GatedHead(3, 5, param_dtype=jnp.float64, **options)
-    return head, quick_jit(head.init)(jax.random.key(0), jnp.asarray(Z))
+    return head, jax.jit(head.init)(jax.random.key(0), jnp.asarray(Z))
 
 
 def test_the_layer_of_linen_is_the_function():
@@ -426,7 +425,7 @@ def test_without_bias_and_in_low_precision():
 def test_initial_weights_keep_the_scale(api):
     """Of variance 2 / inputs and 1 / width, by the fan-in of each unit, not of the whole array."""
     if api == "linen":
-        params = quick_jit(GatedHead(40, 50).init)(jax.random.key(0), jnp.ones((1, 99), jnp.float32))["params"]
+        params = jax.jit(GatedHead(40, 50).init)(jax.random.key(0), jnp.ones((1, 99), jnp.float32))["params"]
     else:
         params = nnx.to_pure_dict(nnx.state(NNXGatedHead(99, 40, 50, rngs=nnx.Rngs(0)), nnx.Param))
     np.testing.assert_allclose(params["hidden"].std(), np.sqrt(2 / 100), rtol=0.02)
@@ -440,7 +439,7 @@ def test_a_frozen_gate_that_is_not_there_is_refused():
             return GatedHead(2, 3, name="head")(nn.relu(nn.Dense(4)(x)), frozen)
 
     model, x = Net(), jnp.ones((2, 3), jnp.float32)
-    variables = quick_jit(functools.partial(model.init, frozen=True))(jax.random.key(0), x)
+    variables = jax.jit(functools.partial(model.init, frozen=True))(jax.random.key(0), x)
     assert set(variables) == {"params"}
     with pytest.raises(ValueError, match=r'The gate of head is not frozen yet.*mutable=\["gate"\]'):
         model.apply(variables, x, frozen=True)
@@ -455,7 +454,7 @@ def test_a_frozen_gate_that_is_not_there_is_refused():
 
 def test_a_frozen_gate_survives_donated_parameters():
     head = GatedHead(3, 5, param_dtype=jnp.float64)
-    variables = quick_jit(head.init)(jax.random.key(0), Z)
+    variables = jax.jit(head.init)(jax.random.key(0), Z)
     _, gate = head.apply(variables, Z, mutable=["gate"])  # not compiled, which would copy whatever it returns
     expected = np.array(variables["params"]["hidden"])
     donated = jax.jit(lambda params: jax.tree.map(lambda leaf: leaf + 1, params), donate_argnums=0)
@@ -475,7 +474,7 @@ def test_stacked_heads():
     axes = {"params": 0, "gate": 0}
     make = functools.partial(nn.vmap, GatedHead, split_rngs={"params": True}, axis_size=2, in_axes=(None, None))
     heads = make(variable_axes=axes)(3, 5, param_dtype=jnp.float64)
-    variables = quick_jit(lambda key: heads.init(key, Z, False))(jax.random.key(0))
+    variables = jax.jit(lambda key: heads.init(key, Z, False))(jax.random.key(0))
     y, gate = applied(heads, mutable="gate")(variables)
     np.testing.assert_array_equal(applied(heads, True)(variables | gate), y)
     for k in range(2):
@@ -504,7 +503,7 @@ def loss_fn(params):
 def stepper(tx):
     """A compiled step, and its program's state kept by the caller."""
 
-    @quick_jit
+    @jax.jit
     def step(params, state):
         value, grads = jax.value_and_grad(loss_fn)(params)
         updates, state = tx.update(grads, state, params, value=value, grad=grads, value_fn=loss_fn)
@@ -559,7 +558,7 @@ def test_it_is_the_first_optimizer_and_then_the_second_begun_anew(name):
         updates, state = optax.with_extra_args_support(second).update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    step, last, own = quick_jit(of_last), explored["last"], second.init(explored["last"])
+    step, last, own = jax.jit(of_last), explored["last"], second.init(explored["last"])
     for _ in range(5):
         last, own = step(last, own)
     np.testing.assert_allclose(exploited["last"], last, rtol=1e-11)
@@ -575,7 +574,7 @@ def test_scanned_and_mapped_it_is_the_loop():
     tx = explore_then_exploit(first, second, 3, MASK)
     looped, state = train(tx, PARAMS, 6)
 
-    @functools.partial(quick_jit, static_argnums=1)
+    @functools.partial(jax.jit, static_argnums=1)
     def scanned(params, steps, tau=3):
         tx = explore_then_exploit(first, second, tau, MASK)
 
@@ -604,7 +603,7 @@ def test_a_solver_in_the_second_phase_finds_the_least_squares():
     np.testing.assert_allclose(final["last"], np.linalg.lstsq(h, Y)[0], rtol=1e-5, atol=1e-6)
     sizes = {leaf.shape for leaf in jax.tree.leaves(state.exploitation)}
     assert not sizes & {(3, 4), (10, 3, 4)}  # its memory is of the selected parameters
-    measure = quick_jit(functools.partial(alignment_residual, lambda last, x: loss_outputs(explored, last)))
+    measure = jax.jit(functools.partial(alignment_residual, lambda last, x: loss_outputs(explored, last)))
     found = measure(explored["last"], X, Y)
     np.testing.assert_allclose(np.sqrt(loss_fn(final)) / np.linalg.norm(Y), found.residual, rtol=1e-6)
 
@@ -649,7 +648,7 @@ def test_bnps_variables_are_a_first_optimizer():
         out, records = bnp.linen.capture(model)({"params": params}, x)
         return jnp.square(out - y).mean(), records
 
-    @quick_jit
+    @jax.jit
     def two_steps(params):
         states, both = [tx.init(params), first.init(params)], [params, params]
         for _ in range(2):
@@ -723,7 +722,7 @@ def test_both_phases_of_an_nnx_model():
 def test_low_precision_keeps_dtypes_in_both_phases(dtype):
     params = optax.tree.cast(PARAMS, dtype)
     tx = explore_then_exploit(optax.adam(0.1, eps=1e-3), optax.sgd(0.1, momentum=0.9), 1, MASK)
-    state, update = tx.init(params), quick_jit(tx.update)
+    state, update = tx.init(params), jax.jit(tx.update)
     start = state
     for step in range(3):
         updates, state = update(params, state, params)
@@ -733,7 +732,7 @@ def test_low_precision_keeps_dtypes_in_both_phases(dtype):
         assert moved == ([True, True, True] if step == 0 else [False, False, True])
     # where one optimizer would return the gradients' dtype and the other that of the parameters, the wider
     tx, wide = explore_then_exploit(optax.adam(0.1), optax.sgd(0.1), 1, MASK), optax.tree.cast(params, jnp.float32)
-    updates, _ = quick_jit(tx.update)(params, tx.init(wide), wide)
+    updates, _ = jax.jit(tx.update)(params, tx.init(wide), wide)
     chex.assert_trees_all_equal_dtypes(updates, wide)
 
 
@@ -798,13 +797,13 @@ def test_a_network_reaches_zero_loss_where_the_residual_says_so():
     mask = {"Dense_0": False, "head": {"hidden": True, "output": False}}
     for width, reaches in ((1, False), (12, True)):
         model = Net(width)
-        params = quick_jit(model.init)(jax.random.key(0), x)["params"]
+        params = jax.jit(model.init)(jax.random.key(0), x)["params"]
         tx = explore_then_exploit(optax.sgd(0.001), optax.sgd(0.03, momentum=0.9), 3, mask)
 
         def loss(params, gate, frozen, model=model):
             return jnp.square(model.apply({"params": params, **gate}, x, frozen) - y).sum()
 
-        @functools.partial(quick_jit, static_argnames=("frozen", "steps"))
+        @functools.partial(jax.jit, static_argnames=("frozen", "steps"))
         def train(params, state, gate, frozen, steps, loss=loss, tx=tx):
             def step(carry, _):
                 params, state = carry
@@ -816,7 +815,7 @@ def test_a_network_reaches_zero_loss_where_the_residual_says_so():
         params, state = train(params, tx.init(params), {}, frozen=False, steps=3)
         gate = {"gate": {"head": {"hidden": params["head"]["hidden"]}}}
 
-        @quick_jit
+        @jax.jit
         def measure(hidden, params=params, gate=gate, model=model):
             def outputs(hidden, x):
                 own = {**params, "head": {**params["head"], "hidden": hidden}}

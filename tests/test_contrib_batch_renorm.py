@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import assert_same, normal, quick_jit, weigh
+from helpers import assert_same, normal, weigh
 from normalizations import RAMP, both_apis, functional
 
 from bnp_optax.contrib import batch_renormalize, batch_renormalize_inference, ramp
@@ -69,7 +69,7 @@ def test_a_training_is_algorithm_1(api):
     limits = ramp(hold=5, r_end=20, d_end=15)
     options = limits._asdict() | {"momentum": 0.9, "epsilon": 0.1, "use_fast_variance": False}
     layer = functional(api, "BatchRenorm", batches[0], **options)
-    state, train = layer.state, quick_jit(layer.train)
+    state, train = layer.state, jax.jit(layer.train)
     mean, std = np.zeros(3), np.ones(3)
     limited = 0
     for step, x in enumerate(batches):
@@ -168,8 +168,8 @@ def test_gradients_take_r_and_d_as_constants():
         return np.reshape([(function(x + h * v) - function(x - h * v)) / (2 * h) for v in directions], x.shape)
 
     gradient = jax.grad(loss)(x)
-    np.testing.assert_allclose(gradient, differences(quick_jit(held)), rtol=1e-6, atol=1e-7)
-    assert np.abs(gradient - differences(quick_jit(loss))).max() > 0.1
+    np.testing.assert_allclose(gradient, differences(jax.jit(held)), rtol=1e-6, atol=1e-7)
+    assert np.abs(gradient - differences(jax.jit(loss))).max() > 0.1
 
 
 def test_no_gradient_flows_through_the_running_statistics():

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import compiled_call, flatten, make, normal, pure, quick_jit, reasons, weigh
+from helpers import compiled_call, flatten, make, normal, pure, reasons, weigh
 
 import bnp_optax as bnp
 from bnp_optax.contrib import (
@@ -32,7 +32,7 @@ from bnp_optax.contrib.binary import pool_shortcut
 pytestmark = pytest.mark.usefixtures("x64")
 
 SHAPES = st.sampled_from([(2, 3), (7, 1), (3, 5, 2), (3, 3, 4, 5), (1, 1, 2, 3), (3, 3, 1, 4)])
-binarized = quick_jit(binarize_standardized)
+binarized = jax.jit(binarize_standardized)
 derivative = jax.vmap(jax.grad(binary_sign))
 
 
@@ -126,9 +126,9 @@ def test_weights_of_one_sign_are_balanced():
 def test_the_gradient_is_that_of_the_standardized_kernel():
     """With respect to the kernel; of the gain it is the sum over the binary kernel itself."""
     kernel, gain, cotangent = weights_of((3, 3, 4, 5), 0), normal(1, 5), normal(2, 3, 3, 4, 5)
-    pull = quick_jit(lambda kernel: jax.vjp(binarize_standardized, kernel, gain)[1](cotangent))
+    pull = jax.jit(lambda kernel: jax.vjp(binarize_standardized, kernel, gain)[1](cotangent))
     own, own_gain = pull(kernel)
-    expected, _ = quick_jit(lambda kernel: jax.vjp(standardize, kernel, gain)[1](cotangent))(kernel)
+    expected, _ = jax.jit(lambda kernel: jax.vjp(standardize, kernel, gain)[1](cotangent))(kernel)
     np.testing.assert_allclose(own, expected, rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(own_gain, (cotangent * binarized(kernel, 1.0)).sum((0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose((own * kernel).sum((0, 1, 2)), 0, atol=1e-14)
@@ -158,7 +158,7 @@ def test_constant_filters_become_zero_and_small_weights_lose_scale_but_no_sign()
     assert np.abs(small).max() < 1e-3 * np.abs(large).max()
     constant = jnp.full((50, 3), 0.5)
     np.testing.assert_array_equal(binarized(constant, 1.0), np.zeros((50, 3)))
-    gradient = quick_jit(jax.grad(lambda kernel: weigh(binarize_standardized(kernel))))(constant)
+    gradient = jax.jit(jax.grad(lambda kernel: weigh(binarize_standardized(kernel))))(constant)
     assert np.isfinite(gradient).all()
 
 
@@ -201,7 +201,7 @@ def test_a_binary_convolution_counts_bits():
     model = linen.BinaryWSConv(6, (3, 3), param_dtype=float)
     variables = {"params": {"kernel": weights_of((3, 3, 4, 6), 0), "gain": jnp.ones(6)}}
     binary = binarized(variables["params"]["kernel"], 1.0)
-    run = quick_jit(lambda variables, padding: model.clone(padding=padding).apply(variables, x), static_argnums=1)
+    run = jax.jit(lambda variables, padding: model.clone(padding=padding).apply(variables, x), static_argnums=1)
     scales, signs = jnp.abs(binary[0, 0, 0]), np.sign(np.asarray(binary))
     patches = np.lib.stride_tricks.sliding_window_view(np.asarray(x), (3, 3), axis=(1, 2))  # [n, h, w, c, 3, 3]
     rows = np.moveaxis(patches, 3, 5).reshape(-1, 36)
@@ -299,8 +299,8 @@ def test_a_convolution_is_that_of_flax_with_the_weights(features, window, binary
     params, eps = random_params(model, x), options.pop("eps", 1e-4)
     options = {"use_bias": False} | options
     flax = nn.Conv(features, window, param_dtype=float, **options)
-    expected = quick_jit(lambda params: flax.apply({"params": plain(params, binary, eps)}, x))(params)
-    np.testing.assert_allclose(quick_jit(model.apply)({"params": params}, x), expected, rtol=1e-12, atol=1e-14)
+    expected = jax.jit(lambda params: flax.apply({"params": plain(params, binary, eps)}, x))(params)
+    np.testing.assert_allclose(jax.jit(model.apply)({"params": params}, x), expected, rtol=1e-12, atol=1e-14)
     layer = contrib_nnx.BinaryWSConv(
         4, features, window, binary=binary, eps=eps, param_dtype=float, rngs=nnx.Rngs(0), **options
     )
@@ -315,8 +315,8 @@ def test_a_dense_layer_is_that_of_flax_with_the_weights(binary, use_bias):
     model = linen.BinaryWSDense(5, use_bias=use_bias, binary=binary, param_dtype=float)
     params = random_params(model, x)
     flax = nn.Dense(5, use_bias=use_bias, param_dtype=float)
-    expected = quick_jit(lambda params: flax.apply({"params": plain(params, binary)}, x))(params)
-    np.testing.assert_allclose(quick_jit(model.apply)({"params": params}, x), expected, rtol=1e-13)
+    expected = jax.jit(lambda params: flax.apply({"params": plain(params, binary)}, x))(params)
+    np.testing.assert_allclose(jax.jit(model.apply)({"params": params}, x), expected, rtol=1e-13)
     layer = contrib_nnx.BinaryWSLinear(4, 5, use_bias=use_bias, binary=binary, param_dtype=float, rngs=nnx.Rngs(0))
     nnx.update(layer, params)
     np.testing.assert_allclose(compiled_call(lambda layer, x: layer(x), layer, x), expected, rtol=1e-13)
@@ -324,7 +324,7 @@ def test_a_dense_layer_is_that_of_flax_with_the_weights(binary, use_bias):
 
 def test_parameters_begin_as_the_method_says():
     x, options = jnp.ones((1, 8, 8, 32)), {"feature_group_count": 2, "param_dtype": float}
-    params = quick_jit(linen.BinaryWSConv(64, (3, 3), **options).init)(jax.random.key(0), x)["params"]
+    params = jax.jit(linen.BinaryWSConv(64, (3, 3), **options).init)(jax.random.key(0), x)["params"]
     layer = contrib_nnx.BinaryWSConv(32, 64, (3, 3), rngs=nnx.Rngs(0), **options)
     for own in (params, pure(nnx.state(layer, nnx.Param))):
         assert set(own) == {"gain", "kernel"}
@@ -387,8 +387,8 @@ def test_a_block_is_its_formulas_and_both_apis_and_stages_have_the_same_paramete
     (features, options), x = BLOCKS[name], normal(0, 2, 6, 6, 4, mean=0, deviation=0.7)
     block = Block(features, binary=binary, **options)
     params = random_params(block, x)
-    run = quick_jit(jax.value_and_grad(lambda params, x: weigh(block.apply({"params": params}, x)), argnums=(0, 1)))
-    by_hand = quick_jit(
+    run = jax.jit(jax.value_and_grad(lambda params, x: weigh(block.apply({"params": params}, x)), argnums=(0, 1)))
+    by_hand = jax.jit(
         jax.value_and_grad(lambda params, x: weigh(block_by_hand(params, x, binary, **options)), argnums=(0, 1))
     )
     (value, gradients), (expected, gradients_by_hand) = run(params, x), by_hand(params, x)
@@ -408,7 +408,7 @@ def test_a_block_is_its_formulas_and_both_apis_and_stages_have_the_same_paramete
 def test_a_block_computes_in_low_precision_where_told():
     x = normal(0, 2, 4, 4, 3).astype(jnp.bfloat16)
     block = linen.BinaryBlock(3, strides=2, dtype=jnp.bfloat16)
-    y, variables = quick_jit(block.init_with_output)(jax.random.key(0), x)
+    y, variables = jax.jit(block.init_with_output)(jax.random.key(0), x)
     assert y.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype("float32")}
     module = contrib_nnx.BinaryBlock(3, 3, strides=2, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
@@ -432,14 +432,14 @@ class Stack(nn.Module):
 
 def test_scanned_mapped_and_compiled_blocks_are_the_blocks_one_by_one():
     x = normal(0, 2, 4, 4, 4, mean=0)
-    params, one = random_params(Stack(), x), quick_jit(Block(4).apply)
+    params, one = random_params(Stack(), x), jax.jit(Block(4).apply)
     expected = x
     for k in range(3):
         own = jax.tree.map(lambda leaf, k=k: leaf[k], params["block"])
         expected = one({"params": own}, expected)
-    run = quick_jit(Stack().apply)
+    run = jax.jit(Stack().apply)
     np.testing.assert_allclose(run({"params": params}, x), expected, rtol=1e-10)
-    mapped = quick_jit(jax.vmap(lambda x: Stack().apply({"params": params}, x[None])[0]))(x)
+    mapped = jax.jit(jax.vmap(lambda x: Stack().apply({"params": params}, x[None])[0]))(x)
     np.testing.assert_allclose(mapped, expected, rtol=1e-10)
     assert standardized_layers(params)["block/conv"].moments_shape == (3, 1, 4)
 
@@ -504,7 +504,7 @@ def test_standardized_layers_are_clipped_by_unit():
     assert sorted(layers) == sorted([*CONVOLUTIONS, "hidden", "stem"])
     gradients = jax.tree.map(lambda leaf: 100 * jnp.cos(leaf), params)
     tx = adaptive_grad_clip(0.1, layers)
-    updates, _ = quick_jit(tx.update)(gradients, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(gradients, tx.init(params), params)
     flat, weights = flatten(updates), flatten(params)
     clipped = [f"{name}/kernel" for name in layers]
     for path, leaf in flatten(gradients).items():
@@ -524,7 +524,7 @@ def test_parameters_of_the_first_stage_begin_the_second():
     x = normal(0, 32, 4, 4, 2, mean=0)
     labels = jnp.arange(32) % 3
     x = x.at[:, :, :, 0].add(labels.astype(float)[:, None, None] - 1.0)
-    params = quick_jit(Net().init)(jax.random.key(0), x)["params"]
+    params = jax.jit(Net().init)(jax.random.key(0), x)["params"]
     tx = optax.chain(adaptive_grad_clip(0.1, standardized_layers(params)), optax.adam(0.01))
     for binary in (False, True):
 
@@ -532,8 +532,8 @@ def test_parameters_of_the_first_stage_begin_the_second():
             logits = model.apply({"params": params}, x)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-        step = quick_jit(jax.value_and_grad(functools.partial(loss_fn, model=Net(binary=binary))))
-        update, state, losses = quick_jit(tx.update), tx.init(params), []
+        step = jax.jit(jax.value_and_grad(functools.partial(loss_fn, model=Net(binary=binary))))
+        update, state, losses = jax.jit(tx.update), tx.init(params), []
         for _ in range(15):
             loss, gradients = step(params)
             updates, state = update(gradients, state, params)

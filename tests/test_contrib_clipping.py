@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import flatten, make, pure, quick_jit, weigh
+from helpers import flatten, make, pure, weigh
 
 import bnp_optax as bnp
 from bnp_optax.contrib import adaptive_grad_clip
@@ -159,7 +159,7 @@ def clip_units(gradient, weights, axes, clipping, eps):
 
 def assert_clipped(layers, params, gradients, units, clipping=0.1, eps=1e-3):
     tx = adaptive_grad_clip(clipping, layers, eps)
-    updates, _ = quick_jit(tx.update)(gradients, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(gradients, tx.init(params), params)
     params, gradients, updates = (flatten(tree) for tree in (params, gradients, updates))
     assert set(updates) == set(units)
     changed = 0
@@ -199,7 +199,7 @@ def test_the_units_are_the_outputs_that_a_weight_changes(name):
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape))
     params, _ = random_trees(shapes, dict.fromkeys(units, ()))
 
-    @quick_jit
+    @jax.jit
     def jacobian(kernel):
         return jax.jacfwd(lambda kernel: model.apply({"params": {**params, "kernel": kernel}}, x))(kernel)
 
@@ -250,7 +250,7 @@ def test_a_masked_bias_leaves_the_kernel_clipped():
 DENSE = bnp.Layers((bnp.Layer.dense(("kernel",), (4, 5), bias=("bias",)),))
 
 
-@functools.partial(quick_jit, static_argnames="layers")
+@functools.partial(jax.jit, static_argnames="layers")
 def run(params, gradients, clipping=0.1, eps=1e-3, layers=DENSE):
     tx = adaptive_grad_clip(clipping, layers, eps)
     return tx.update(gradients, tx.init(params), params)[0]
@@ -427,7 +427,7 @@ def both(name):
     layers, shapes = linen_layers(name)
     params, gradients = random_trees(shapes, LINEN[name][2])
     own, theirs = adaptive_grad_clip(0.1, layers), optax.adaptive_grad_clip(0.1)
-    return tuple(flatten(quick_jit(tx.update)(gradients, tx.init(params), params)[0]) for tx in (theirs, own))
+    return tuple(flatten(jax.jit(tx.update)(gradients, tx.init(params), params)[0]) for tx in (theirs, own))
 
 
 AGREES = [

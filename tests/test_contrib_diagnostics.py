@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import cross_entropy, init, normal, quick_jit, weigh
+from helpers import cross_entropy, init, normal, weigh
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,17 +26,17 @@ shapes = st.tuples(st.integers(1, 5), st.lists(st.integers(1, 3), max_size=2), s
     lambda parts: (parts[0], *parts[1], parts[2])
 )
 assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
-channel_moments = quick_jit(diagnostics.channel_moments)
-layer_moments = quick_jit(diagnostics.layer_moments)
-gradient_norm = quick_jit(diagnostics.gradient_norm)
-histogram = quick_jit(diagnostics.magnitude_histogram)
-logit_gradients = quick_jit(diagnostics.logit_gradients)
-gradient_of_cross_entropy = quick_jit(jax.grad(cross_entropy))
-modal_share = quick_jit(diagnostics.modal_share)
-largest_usable_rate = quick_jit(diagnostics.largest_usable_rate, static_argnames="margin")
+channel_moments = jax.jit(diagnostics.channel_moments)
+layer_moments = jax.jit(diagnostics.layer_moments)
+gradient_norm = jax.jit(diagnostics.gradient_norm)
+histogram = jax.jit(diagnostics.magnitude_histogram)
+logit_gradients = jax.jit(diagnostics.logit_gradients)
+gradient_of_cross_entropy = jax.jit(jax.grad(cross_entropy))
+modal_share = jax.jit(diagnostics.modal_share)
+largest_usable_rate = jax.jit(diagnostics.largest_usable_rate, static_argnames="margin")
 
 
-@quick_jit
+@jax.jit
 def independence(gradients):
     own = diagnostics.input_independence(gradients)
     return own, own.ratio
@@ -64,9 +64,9 @@ class Network(nn.Module):
 
 def activation_gradients(model, x, loss=weigh):
     """Returns the activations' gradients by name, and the parameters."""
-    variables = quick_jit(lambda key: model.init(key, x))(jax.random.key(0))
+    variables = jax.jit(lambda key: model.init(key, x))(jax.random.key(0))
     loss_fn = jax.jit(lambda variables: loss(model.apply(variables, x, mutable=["batch_stats"])[0]))
-    return quick_jit(jax.grad(loss_fn))(variables)["perturbations"], variables, loss_fn
+    return jax.jit(jax.grad(loss_fn))(variables)["perturbations"], variables, loss_fn
 
 
 # Activations.
@@ -93,7 +93,7 @@ def test_moments_of_a_linear_network_are_known():
     model = Network((7, 4, 3), activation=lambda a: a)
     x = normal(0, 50, 5)
     variables = {"params": init(model, x)}
-    run = quick_jit(lambda v: model.apply(v, x, capture_intermediates=True, mutable=["intermediates"])[1])
+    run = jax.jit(lambda v: model.apply(v, x, capture_intermediates=True, mutable=["intermediates"])[1])
     captured = run(variables)["intermediates"]
     mean, covariance = np.mean(x, 0), np.cov(x, rowvar=False, bias=True)
     for number in range(3):
@@ -109,8 +109,8 @@ def test_moments_of_a_linear_network_are_known():
 @pytest.mark.parametrize("shape", [(20, 5), (8, 4, 4, 3)])
 def test_batch_normalization_has_mean_0_and_variance_1_at_every_depth(shape):
     model, x = Network((6, 5, 4), normalized=True), normal(0, *shape)
-    variables = quick_jit(lambda key: model.init(key, x))(jax.random.key(0))
-    run = quick_jit(lambda v: model.apply(v, x, capture_intermediates=True, mutable=["intermediates", "batch_stats"]))
+    variables = jax.jit(lambda key: model.init(key, x))(jax.random.key(0))
+    run = jax.jit(lambda v: model.apply(v, x, capture_intermediates=True, mutable=["intermediates", "batch_stats"]))
     captured = run(variables)[1]["intermediates"]
     for number in range(3):
         own = channel_moments(captured[f"BatchNorm_{number}"]["__call__"][0])
@@ -138,8 +138,8 @@ def test_heat_maps_are_sorted_by_layer_or_keep_their_columns():
     rows = [normal(seed, 9, 2, 4) for seed in range(3)]
     means = np.array([row.mean((0, 1)) for row in rows])
     variances = np.array([row.var((0, 1)) for row in rows])
-    by_layer = quick_jit(diagnostics.channel_heat_map)(rows)
-    by_step = quick_jit(diagnostics.channel_heat_map, static_argnames="order")(rows, order=1)
+    by_layer = jax.jit(diagnostics.channel_heat_map)(rows)
+    by_step = jax.jit(diagnostics.channel_heat_map, static_argnames="order")(rows, order=1)
     for row in range(3):
         assert_close(by_layer.mean[row], np.sort(means[row]))
         assert_close(by_layer.variance[row], variances[row][np.argsort(means[row])])
@@ -203,7 +203,7 @@ def test_the_sum_is_the_gradient_of_a_bias():
     for shape in ((6, 3), (4, 3, 3, 2)):
         model, x = Network(), normal(0, *shape)
         gradients, variables, loss_fn = activation_gradients(model, x)
-        of_params = quick_jit(jax.grad(lambda params, v=variables, f=loss_fn: f(v | {"params": params})))
+        of_params = jax.jit(jax.grad(lambda params, v=variables, f=loss_fn: f(v | {"params": params})))
         of_biases = of_params(variables["params"])
         kind = "Conv" if len(shape) == 4 else "Dense"
         for number in range(2):
@@ -350,7 +350,7 @@ def test_the_loss_along_the_gradient_of_a_quadratic(seed):
     gradients, sizes = jax.grad(loss_fn)(params), jnp.array([0.0, 1e-3, 0.1, 3.0, -0.5])
     g, s, loss = np.asarray(ravel(gradients)), np.asarray(sizes), loss_fn(params)
     expected = (loss - s * (g @ g) + s**2 * (g @ hessian @ g) / 2) / loss
-    actual = quick_jit(lambda *args: diagnostics.loss_along(loss_fn, *args))(
+    actual = jax.jit(lambda *args: diagnostics.loss_along(loss_fn, *args))(
         params, jax.tree.map(jnp.negative, gradients), sizes
     )
     np.testing.assert_allclose(actual, expected, rtol=1e-12)
@@ -367,8 +367,8 @@ def test_the_loss_along_the_steps_of_optimizers():
         logits, records = bnp.linen.capture(model)({"params": params}, x)
         return cross_entropy(logits, y), records
 
-    grads, records = quick_jit(jax.grad(loss_fn, has_aux=True))(params)
-    along = quick_jit(functools.partial(diagnostics.loss_along, lambda p: loss_fn(p)[0]))
+    grads, records = jax.jit(jax.grad(loss_fn, has_aux=True))(params)
+    along = jax.jit(functools.partial(diagnostics.loss_along, lambda p: loss_fn(p)[0]))
     for make in (optax.sgd, optax.adam, lambda rate: bnp.preconditioned(optax.sgd(rate), layers)):
 
         def update(rate, make=make):
@@ -418,8 +418,8 @@ def of_batch(params, batch):
     return jax.vmap(of_example, (None, 0))(params, batch).mean()
 
 
-gradient_of_batch = quick_jit(jax.grad(of_batch))
-noise = quick_jit(functools.partial(diagnostics.sgd_noise, of_example), static_argnums=3)
+gradient_of_batch = jax.jit(jax.grad(of_batch))
+noise = jax.jit(functools.partial(diagnostics.sgd_noise, of_example), static_argnums=3)
 
 
 def step_of(params, batch, chosen, rate):

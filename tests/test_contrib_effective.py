@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import cross_entropy, init, normal, quick_jit
+from helpers import cross_entropy, init, normal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -49,7 +49,7 @@ def loss(params):
     return cross_entropy(h, Y)
 
 
-@quick_jit
+@jax.jit
 def gradients_at(params):
     return jax.grad(loss)(params)
 
@@ -66,7 +66,7 @@ def path(tx, steps):
 
 def run(tx, steps, params=PARAMS, gradients=gradients_at):
     """Returns the state after every step, and the parameters before every step and after the last."""
-    state, update, states, visited = tx.init(params), quick_jit(tx.update), [], [params]
+    state, update, states, visited = tx.init(params), jax.jit(tx.update), [], [params]
     for _ in range(steps):
         updates, state = update(gradients(params), state, params)
         params = optax.apply_updates(params, updates)

@@ -18,7 +18,6 @@ from helpers import (
     gradients_and_records,
     normal,
     pure,
-    quick_jit,
     reasons,
     weigh,
 )
@@ -48,7 +47,7 @@ class Net(nn.Module):
 @functools.cache
 def start():
     x = normal(0, 8, 6, 6, 3)
-    return quick_jit(Net().init)(jax.random.key(0), x)["params"], x
+    return jax.jit(Net().init)(jax.random.key(0), x)["params"], x
 
 
 def random_params(seed=0):
@@ -85,7 +84,7 @@ def test_options_out_of_range_are_refused(options, message):
         fixup_normal(**options)
 
 
-@quick_jit
+@jax.jit
 def speed(kernels, last, x, direction):
     """Returns how fast gradient descent changes a linear function of a residual network's outputs.
 
@@ -157,7 +156,7 @@ def test_only_the_classifier_moves_at_first_and_then_the_last_kernels():
     params, x = start()
     labels = jnp.arange(8)
 
-    @quick_jit
+    @jax.jit
     def gradients(params):
         return flatten(jax.grad(lambda params: cross_entropy(Net().apply({"params": params}, x), labels))(params))
 
@@ -221,7 +220,7 @@ def test_a_block_is_what_its_formula_says(features, strides, size):
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.2, 0.4, leaf.shape)), shapes)
     expected = block_by_hand(jax.tree.map(np.asarray, params), np.asarray(x), strides, features)
     assert 0.2 < (expected > 0).mean() < 1
-    np.testing.assert_allclose(quick_jit(block.apply)({"params": params}, x), expected, rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(jax.jit(block.apply)({"params": params}, x), expected, rtol=1e-12, atol=1e-13)
     module = contrib_nnx.FixupBlock(
         4, features, num_blocks=BLOCKS, strides=strides, param_dtype=float, rngs=nnx.Rngs(0)
     )
@@ -259,9 +258,9 @@ def test_bnp_covers_the_convolutions_of_the_blocks():
     assert list(layers) == ["stem", *blocks, "classifier"]
     assert len(reasons(layers)) == 5 * BLOCKS + 2
     assert all(path.endswith(("bias", "scale")) for path in reasons(layers))
-    gradients, records = quick_jit(gradients_and_records(Net()))(params, x)
+    gradients, records = jax.jit(gradients_and_records(Net()))(params, x)
     tx = bnp.scale_by_bnp(layers)
-    updates, _ = quick_jit(tx.update)(gradients, tx.init(params), intermediates=records)
+    updates, _ = jax.jit(tx.update)(gradients, tx.init(params), intermediates=records)
     flat, given = flatten(updates), flatten(gradients)
     for path, leaf in given.items():
         assert np.array_equal(flat[path], leaf) == (path in reasons(layers))
@@ -287,7 +286,7 @@ def test_bnp_covers_the_convolutions_of_the_blocks_of_nnx():
 @pytest.mark.usefixtures("standard_promotion")
 def test_biases_and_multipliers_take_a_tenth_of_the_rate_by_optax_partition():
     params, (_, x) = random_params(), start()
-    gradients = quick_jit(jax.grad(lambda params: weigh(Net().apply({"params": params}, x))))(params)
+    gradients = jax.jit(jax.grad(lambda params: weigh(Net().apply({"params": params}, x))))(params)
     labels = jax.tree.map(lambda leaf: "kernel" if leaf.ndim > 1 else "small", params)
     tx = optax.partition({"kernel": optax.sgd(0.1, momentum=0.9), "small": optax.sgd(0.01, momentum=0.9)}, labels)
     updates, _ = tx.update(gradients, tx.init(params), params)

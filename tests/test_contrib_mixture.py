@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import assert_same, normal, quick_jit, weigh
+from helpers import assert_same, normal, weigh
 from sklearn.mixture import GaussianMixture
 
 from bnp_optax.contrib import Mixture, initial_mixture, mixture_normalize, mixture_normalize_inference
@@ -100,9 +100,9 @@ def traced_step(x, mixture, **options):
     return mixture_normalize(x, *start, mixture, **options)
 
 
-step = quick_jit(traced_step, static_argnames=("em_steps", "use_fast_variance", "axis"))
-inference = quick_jit(mixture_normalize_inference)
-start_of = quick_jit(initial_mixture, static_argnums=(0, 1, 2))
+step = jax.jit(traced_step, static_argnames=("em_steps", "use_fast_variance", "axis"))
+inference = jax.jit(mixture_normalize_inference)
+start_of = jax.jit(initial_mixture, static_argnums=(0, 1, 2))
 
 
 def gradient_of_step(x, mixture, loss=weigh, **options):
@@ -112,7 +112,7 @@ def gradient_of_step(x, mixture, loss=weigh, **options):
         result = traced_step(x, mixture, **options)
         return loss(result.normalized), result
 
-    return quick_jit(jax.grad(loss_fn, has_aux=True))(x, mixture)
+    return jax.jit(jax.grad(loss_fn, has_aux=True))(x, mixture)
 
 
 def modes(seed, sizes, centres, deviation=1.0):
@@ -171,16 +171,14 @@ def test_a_training_with_the_layer_is_the_formula(api):
     options = {"num_components": 3, "em_steps": 1, "momentum": 0.75, "epsilon": 0.1, "param_dtype": float}
     if api == "linen":
         module = contrib_linen.MixtureNorm(**options)
-        variables = quick_jit(lambda key, x: module.init(key, x, use_running_average=True))(
-            jax.random.key(0), batches[0]
-        )
-        train = quick_jit(lambda v, x: module.apply(v, x, use_running_average=False, mutable=["batch_stats"]))
+        variables = jax.jit(lambda key, x: module.init(key, x, use_running_average=True))(jax.random.key(0), batches[0])
+        train = jax.jit(lambda v, x: module.apply(v, x, use_running_average=False, mutable=["batch_stats"]))
         outputs = []
         for x in batches:
             y, updated = train(variables, x)
             variables, outputs = variables | updated, [*outputs, y]
         state = variables["batch_stats"]
-        evaluated = quick_jit(lambda v, x: module.apply(v, x, use_running_average=True))(variables, batches[0])
+        evaluated = jax.jit(lambda v, x: module.apply(v, x, use_running_average=True))(variables, batches[0])
     else:
         layer = contrib_nnx.MixtureNorm(5, rngs=nnx.Rngs(0), **options)
         outputs = [nnx.jit(lambda layer, x: layer(x))(layer, x) for x in batches]
@@ -222,7 +220,7 @@ def test_one_component_is_batch_norm(api, shape):
             y, updated = module.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
             return weigh(y), (y, updated["batch_stats"], module.apply(variables | updated, x, use_running_average=True))
 
-        return quick_jit(jax.grad(loss, (0, 1), has_aux=True))(trained, x)
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(trained, x)
 
     def run_nnx():
         def loss(trained, x):
@@ -232,7 +230,7 @@ def test_one_component_is_batch_norm(api, shape):
             state = nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))
             return weigh(y), (y, state, layer(x, use_running_average=True))
 
-        return quick_jit(jax.grad(loss, (0, 1), has_aux=True))(trained, x)
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(trained, x)
 
     ours = contrib_linen.MixtureNorm(num_components=1, momentum=0.9, param_dtype=float)
     gradients, (y, state, evaluated) = run_linen(ours, start | of_one) if api == "linen" else run_nnx()
@@ -373,7 +371,7 @@ def test_gradients_take_probabilities_and_weights_as_constants():
 
     assert_same(step(x, mixture, em_steps=2).normalized, formula(x))
     gradient, _ = gradient_of_step(x, mixture)
-    assert_same(gradient, quick_jit(jax.grad(lambda x: weigh(formula(x))))(x))
+    assert_same(gradient, jax.jit(jax.grad(lambda x: weigh(formula(x))))(x))
     np.testing.assert_allclose(gradient.sum(0), 0, atol=1e-12)
     of_fast, _ = gradient_of_step(x, mixture, use_fast_variance=True)
     np.testing.assert_allclose(of_fast, gradient, rtol=1e-9, atol=1e-9)
@@ -400,7 +398,7 @@ def test_it_parts_two_modes_that_it_is_not_told_of(features):
     """However many features there are: from the start, in thirty batches, in float32."""
     direction = np.random.default_rng(1).choice([-1.0, 1.0], features)
     mixture = start_of(2, (features,), jnp.float32)
-    run = quick_jit(lambda x, m: mixture_normalize(x, jnp.zeros(features), jnp.ones(features), m, momentum=0.5))
+    run = jax.jit(lambda x, m: mixture_normalize(x, jnp.zeros(features), jnp.ones(features), m, momentum=0.5))
     for seed in range(30):
         x, labels = modes(seed, (80, 48), [-4 * direction, 4 * direction])
         result = run(x.astype(jnp.float32), mixture)
@@ -457,18 +455,18 @@ def test_weights_and_variances_have_a_floor():
     """A component of one row has no variance; one that is next to empty divides by no more than the root of it."""
     x = jnp.array([[-1.0], [0.0], [1.0], [9.0]])
     tau = jnp.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    fitted = quick_jit(component_moments)(x, tau, some_mixture(0, 2, 1), 0.0)
+    fitted = jax.jit(component_moments)(x, tau, some_mixture(0, 2, 1), 0.0)
     assert_same((fitted.mean.ravel(), fitted.var.ravel()), (jnp.array([0.0, 9.0]), jnp.array([2 / 3, FLOOR])))
     near_empty = Mixture(jnp.array([1.0, 0.0]), jnp.zeros((2, 1)), jnp.ones((2, 1)))
-    y = quick_jit(normalize_by_components)(jnp.ones((1, 1)), jnp.array([[0.0, 1.0]]), near_empty)
+    y = jax.jit(normalize_by_components)(jnp.ones((1, 1)), jnp.array([[0.0, 1.0]]), near_empty)
     np.testing.assert_allclose(y, FLOOR**-0.5)
     away = near_empty._replace(mean=jnp.array([[0.0], [5.0]]))
-    assert quick_jit(responsibilities)(jnp.array([[5.0]]), away)[0, 1] > 0.99
+    assert jax.jit(responsibilities)(jnp.array([[5.0]]), away)[0, 1] > 0.99
 
 
 def test_what_is_no_number_is_not_taken_for_an_empty_component():
     tau = jnp.array([[0.5, 0.5], [jnp.nan, 0.0]])
-    fitted = quick_jit(component_moments)(normal(0, 2, 4), tau, some_mixture(0, 2, 4))
+    fitted = jax.jit(component_moments)(normal(0, 2, 4), tau, some_mixture(0, 2, 4))
     assert np.isnan(fitted.mean[0]).all()
     assert np.isnan(fitted.var[0]).all()
     assert np.isnan(fitted.weights).all()
@@ -526,7 +524,7 @@ def test_a_batch_that_is_split_is_normalized_as_one(fast, masked):
         result = traced_step(x, mixture, axis_name="devices", use_fast_variance=fast, **mask)
         return loss(result.normalized), result
 
-    split = quick_jit(jax.vmap(jax.grad(of_part, has_aux=True), axis_name="devices"))
+    split = jax.jit(jax.vmap(jax.grad(of_part, has_aux=True), axis_name="devices"))
     gradient, result = split(x.reshape(3, 8, 2), **{name: mask.reshape(3, 8, 1) for name, mask in masks.items()})
     expected, whole = gradient_of_step(x, mixture, loss, use_fast_variance=fast, **masks)
     assert_same(result.normalized.reshape(24, 2), whole.normalized)

@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from helpers import assert_same, normal, quick_jit, reasons
+from helpers import assert_same, normal, reasons
 from normalizations import LAYERS, RAMP, all_layers, both_apis, functional, layer_class, steps_of
 
 import bnp_optax as bnp
@@ -143,9 +143,7 @@ def test_bnp_finds_and_records_the_linear_layers_beside(name):
     assert reasons(layers).keys() >= {"norm/scale", "norm/bias"}
     assert all(f"{name} is not one of Flax's linear layers" in reason for reason in reasons(layers).values())
     variables = model.init(jax.random.key(0), x)
-    (_, updated), records = quick_jit(functools.partial(bnp.linen.capture(model), mutable=["batch_stats"]))(
-        variables, x
-    )
+    (_, updated), records = jax.jit(functools.partial(bnp.linen.capture(model), mutable=["batch_stats"]))(variables, x)
     assert list(records) == ["Dense_0", "Dense_1"]
     assert np.abs(updated["batch_stats"]["norm"]["mean"]).min() > 1e-4
     module = NNXNetwork(layer_class("nnx", name), LAYERS[name])

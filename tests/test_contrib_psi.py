@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import cross_entropy, init, normal, quick_jit
+from helpers import cross_entropy, init, normal
 
 import bnp_optax as bnp
 from bnp_optax.contrib import PsiSgdState, is_scale_invariant, psi_sgd, scale_by_psi
@@ -56,7 +56,7 @@ class Problem:
         self.params = init(self.model, self.x)
         self.all_layers = bnp.linen.find_layers(self.model, self.x)
         self.layers = self.all_layers.select(lambda layer: layer.path != "out")
-        self.gradients = quick_jit(jax.grad(self.loss))
+        self.gradients = jax.jit(jax.grad(self.loss))
 
     def loss(self, params):
         logits, _ = self.model.apply({"params": params}, self.x, mutable=["batch_stats"])
@@ -72,7 +72,7 @@ class Problem:
             updates, state = tx.update(gradients, state, params)
             return (optax.apply_updates(params, updates), state), loss
 
-        @quick_jit
+        @jax.jit
         def run(params, state):
             return jax.lax.scan(step, (params, state), length=steps)
 
@@ -122,7 +122,7 @@ def test_every_group_of_units_is_scaled_by_its_squared_norm(shape, groups):
     tree, gradients = ({"kernel": jnp.asarray(x), "bias": jnp.ones(outputs)} for x in (kernel, gradient))
     widths = [width for width in range(1, outputs + 1) if outputs % width == 0]
 
-    @quick_jit
+    @jax.jit
     def updates_of_all(gradients, tree):
         all_of_them = [scale_by_psi(layers, num_groups) for num_groups in (None, *(outputs // w for w in widths))]
         return [tx.update(gradients, tx.init(tree), tree)[0] for tx in all_of_them]

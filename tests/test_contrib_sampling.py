@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import scipy.special
 from flax import nnx
-from helpers import compiled_call, normal, pure, quick_jit, reasons, weigh
+from helpers import compiled_call, normal, pure, reasons, weigh
 
 import bnp_optax as bnp
 from bnp_optax.contrib import BernoulliNoise, GaussianNoise, activation_probability, linen, sample_units
@@ -52,7 +52,7 @@ def probability(z, kernel, beta, bias, deviation):
     return (1 + scipy.special.erf((beta * (z @ kernel) + bias / (math.sqrt(2) * deviation)) / norm)) / 2
 
 
-@functools.partial(quick_jit, static_argnames=("noise", "draws"))
+@functools.partial(jax.jit, static_argnames=("noise", "draws"))
 def frequencies(z, kernel, beta, bias, noise, draws=DRAWS):
     """How often units are 1."""
     keys = jax.random.split(jax.random.key(0), draws)
@@ -110,7 +110,7 @@ def test_without_a_bias_the_scale_of_the_weights_changes_no_draw(noise):
     z, kernel, beta, bias = unit_arguments()
     keys = jax.random.split(jax.random.key(1), 500)
 
-    @quick_jit
+    @jax.jit
     def draw(kernel, bias):
         return jax.vmap(lambda key: sample_units(key, z, kernel, beta, bias, noise=noise))(keys)
 
@@ -130,7 +130,7 @@ def test_without_noise_units_are_the_sign_of_the_mean(family):
     noise = BernoulliNoise(1 - 1e-12) if family == "Bernoulli" else GaussianNoise(1e-6)
     beta = jnp.full(6, (0.7 + noise.mean) / (math.sqrt(2) * noise.deviation))
     expected = np.sign((0.7 + 1) * np.asarray(z @ kernel) + np.asarray(bias))
-    draw = quick_jit(functools.partial(sample_units, noise=noise))
+    draw = jax.jit(functools.partial(sample_units, noise=noise))
     np.testing.assert_array_equal(draw(jax.random.key(0), z, kernel, beta, bias), expected)
     np.testing.assert_allclose(2 * activation_probability(z, kernel, beta, bias, noise=noise) - 1, expected, atol=1e-6)
 
@@ -156,7 +156,7 @@ def test_units_of_one_example_share_their_noise():
     z, kernel, _, _ = unit_arguments()
     kernel = jnp.stack([kernel[:, 0], kernel[:, 0], -kernel[:, 0]], 1)
     z = jnp.broadcast_to(z, (300, 200))
-    draw = quick_jit(functools.partial(sample_units, noise=GaussianNoise(1.0)))
+    draw = jax.jit(functools.partial(sample_units, noise=GaussianNoise(1.0)))
     y = np.asarray(draw(jax.random.key(0), z, kernel, jnp.full(3, 0.3)))
     np.testing.assert_array_equal(y[:, 0], y[:, 1])
     np.testing.assert_array_equal(y[:, 0], -y[:, 2])
@@ -168,7 +168,7 @@ def test_without_inputs_or_weights_the_bias_decides():
     z, bias, beta = jnp.ones((1, 4)), jnp.array([-1.0, 0.0, 1.0]), jnp.ones(3)
     noise = BernoulliNoise(0.5)
 
-    @quick_jit
+    @jax.jit
     def run(z, kernel):
         def total(z, kernel):
             y = sample_units(jax.random.key(0), z, kernel, beta, bias, noise=noise)
@@ -186,7 +186,7 @@ def test_without_inputs_or_weights_the_bias_decides():
 
 def test_what_is_not_a_number_stays_so():
     z = jnp.array([[1.0, jnp.nan], [1.0, 1.0]])
-    draw = quick_jit(functools.partial(sample_units, noise=GaussianNoise(1.0)))
+    draw = jax.jit(functools.partial(sample_units, noise=GaussianNoise(1.0)))
     y = draw(jax.random.key(0), z, jnp.ones((2, 3)), jnp.ones(3))
     assert np.isnan(y[0]).all()
     assert (np.abs(y[1]) == 1).all()
@@ -230,12 +230,12 @@ def test_the_gradient_is_that_of_the_expected_output(noise):
         return sample_units(key, z, kernel, beta, bias, noise=noise) @ weights
 
     everything = (0, 1, 2, 3)
-    own = quick_jit(jax.grad(drawn, everything))
-    by_formula = quick_jit(jax.grad(expected, everything))(z, kernel, beta, bias)
+    own = jax.jit(jax.grad(drawn, everything))
+    by_formula = jax.jit(jax.grad(expected, everything))(z, kernel, beta, bias)
     for seed in range(3):
         chex.assert_trees_all_close(own(z, kernel, beta, bias, jax.random.key(seed)), by_formula, rtol=1e-9, atol=1e-13)
     # the gain may be normalized away, too: without a bias the gradient is orthogonal to the weights
-    free = quick_jit(jax.grad(lambda k: sample_units(jax.random.key(0), z, k, beta, noise=noise) @ weights))(kernel)
+    free = jax.jit(jax.grad(lambda k: sample_units(jax.random.key(0), z, k, beta, noise=noise) @ weights))(kernel)
     np.testing.assert_allclose((free * kernel).sum(0), 0, atol=1e-13)
 
 
@@ -244,7 +244,7 @@ def test_forward_derivatives_are_there_too():
     arguments, noise = (z, kernel, beta, bias), BernoulliNoise(0.5)
     tangents = tuple(normal(k, *leaf.shape) for k, leaf in enumerate(arguments))
 
-    @quick_jit
+    @jax.jit
     def both(arguments, tangents):
         own = jax.jvp(lambda *a: sample_units(jax.random.key(0), *a, noise=noise), arguments, tangents)
         return own[1], jax.jvp(lambda *a: 2 * activation_probability(*a, noise=noise) - 1, arguments, tangents)[1]
@@ -268,7 +268,7 @@ def test_at_the_borders_the_variance_is_that_of_the_inputs_that_are_there():
         own = np.asarray(kernel)[rows, columns].reshape(-1, 2)
         np.testing.assert_allclose(expected[row, column], probability(patch, own, beta, bias, 1.0), rtol=1e-12)
 
-    @quick_jit
+    @jax.jit
     def frequency(keys):
         draw = functools.partial(sample_units, noise=noise, product=product)
         return jax.vmap(lambda key: draw(key, z, kernel, beta, bias) == 1)(keys).mean((0, 1), dtype=float)
@@ -304,7 +304,7 @@ def test_products_are_those_of_flaxs_convolution(name):
     assert set(params) == {"beta", "bias", "kernel"} - (set() if use_bias else {"bias"})
     key = jax.random.key(3)
 
-    @quick_jit
+    @jax.jit
     def both(params):
         y = own.apply({"params": params}, z, rngs={"noise": key})
         by_flax = functools.partial(
@@ -372,9 +372,9 @@ def test_dense_layers_draw_the_units_of_the_function():
     z, key, noise = signs(0, 3, 2, 7), jax.random.key(4), GaussianNoise(0.5)
     model = NSMDense(5, noise=noise)
     params = {"kernel": normal(0, 7, 5), "beta": normal(1, 5), "bias": normal(2, 5)}
-    draw = quick_jit(lambda key: sample_units(key, z, *(params[n] for n in ("kernel", "beta", "bias")), noise=noise))
+    draw = jax.jit(lambda key: sample_units(key, z, *(params[n] for n in ("kernel", "beta", "bias")), noise=noise))
     drawn = model.apply({}, "noise", method=nn.Module.make_rng, rngs={"noise": key})
-    y = quick_jit(model.apply)({"params": params}, z, rngs={"noise": key})
+    y = jax.jit(model.apply)({"params": params}, z, rngs={"noise": key})
     np.testing.assert_array_equal(y, draw(drawn))
     layer = contrib_nnx.NSMLinear(7, 5, noise=noise, param_dtype=float, rngs=nnx.Rngs(0))
     nnx.update(layer, params)
@@ -383,7 +383,7 @@ def test_dense_layers_draw_the_units_of_the_function():
 
 def test_parameters_begin_as_the_method_says():
     z = jnp.ones((1, 6, 6, 4))
-    conv = quick_jit(NSMConv(8, (3, 3), feature_group_count=2).init)(jax.random.key(0), z)["params"]
+    conv = jax.jit(NSMConv(8, (3, 3), feature_group_count=2).init)(jax.random.key(0), z)["params"]
     of_nnx = contrib_nnx.NSMConv(4, 8, (3, 3), feature_group_count=2, param_dtype=float, rngs=nnx.Rngs(0))
     for params in (conv, pure(nnx.state(of_nnx, nnx.Param))):
         np.testing.assert_array_equal(params["beta"], np.ones(8))
@@ -400,7 +400,7 @@ def test_low_precision_is_computed_in_float32(dtype):
     z, kernel = signs(0, 4, 50).astype(dtype), (1e-4 * normal(0, 50, 3)).astype(dtype)
     beta, key, noise = jnp.ones(3, dtype), jax.random.key(0), BernoulliNoise(0.5)
 
-    @quick_jit
+    @jax.jit
     def run(*arrays):
         return sample_units(key, *arrays, noise=noise), activation_probability(*arrays, noise=noise)
 
@@ -421,7 +421,7 @@ def test_layers_return_the_dtype_that_they_are_told():
 
 
 def test_noise_is_drawn_in_use_as_in_training():
-    z, run = signs(0, 20, 8), quick_jit(NSMDense(8).apply)
+    z, run = signs(0, 20, 8), jax.jit(NSMDense(8).apply)
     params = {"kernel": normal(0, 8, 8), "beta": jnp.ones(8), "bias": jnp.zeros(8)}
     first, second, again = (run({"params": params}, z, rngs={"noise": jax.random.key(k)}) for k in (1, 2, 1))
     assert (first != second).any()
@@ -459,7 +459,7 @@ def test_layers_of_one_model_have_noises_of_their_own():
 
     z, params = signs(0, 20, 8), {"kernel": normal(0, 8, 8), "beta": jnp.ones(8), "bias": jnp.zeros(8)}
     variables = {"params": dict.fromkeys(("NSMDense_0", "NSMDense_1"), params)}
-    first, second = quick_jit(Twins().apply)(variables, z, rngs={"noise": jax.random.key(0)})
+    first, second = jax.jit(Twins().apply)(variables, z, rngs={"noise": jax.random.key(0)})
     assert (first != second).any()
     rngs = nnx.Rngs(0, noise=1)
     first, second = (contrib_nnx.NSMLinear(8, 8, param_dtype=float, rngs=rngs) for _ in range(2))
@@ -498,13 +498,13 @@ class Stack(nn.Module):
 
 def test_scanned_compiled_and_mapped_layers():
     z, model = signs(0, 20, 8), Stack()
-    variables = quick_jit(model.init)(jax.random.key(0), z)
+    variables = jax.jit(model.init)(jax.random.key(0), z)
     same = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), variables)
     rngs = {"noise": jax.random.key(1)}
-    last, every = quick_jit(model.apply)(same, z, rngs=rngs)
+    last, every = jax.jit(model.apply)(same, z, rngs=rngs)
     assert set(np.unique(last)) == {-1.0, 1.0}
     assert (every[0] != every[1]).any()
-    gradients = quick_jit(jax.grad(lambda v: weigh(model.apply(v, z, rngs=rngs)[0])))(variables)
+    gradients = jax.jit(jax.grad(lambda v: weigh(model.apply(v, z, rngs=rngs)[0])))(variables)
     assert all(np.abs(leaf[-1]).max() > 0 for leaf in jax.tree.leaves(gradients))
     chex.assert_tree_all_finite(gradients)
 
@@ -553,13 +553,13 @@ def test_a_network_learns_through_the_gradient():
         def __call__(self, z):
             return nn.Dense(1, param_dtype=float)(NSMDense(30, noise=GaussianNoise(0.5))(z))[:, 0]
 
-    params = quick_jit(Parity().init)(jax.random.key(0), z)["params"]
+    params = jax.jit(Parity().init)(jax.random.key(0), z)["params"]
 
     def loss_fn(params, key):
         logits = Parity().apply({"params": params}, z, rngs={"noise": key})
         return jnp.mean(jnp.logaddexp(0, logits) - labels * logits)
 
-    @quick_jit
+    @jax.jit
     def train(params):
         def step(params, key):
             loss, gradients = jax.value_and_grad(loss_fn)(params, key)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 from flax import nnx
-from helpers import compiled_call, flatten, gradients_and_records, make, normal, pure, quick_jit, reasons, weigh
+from helpers import compiled_call, flatten, gradients_and_records, make, normal, pure, reasons, weigh
 
 import bnp_optax as bnp
 from bnp_optax.contrib import adaptive_grad_clip, linen, nonlinearity_gain, standardize, standardized_layers
@@ -41,8 +41,8 @@ def standardize_units(kernel, gain, eps=1e-4):
     return result
 
 
-gradient_of = quick_jit(jax.grad(lambda kernel: weigh(standardize(kernel, 2.0))))
-compiled = quick_jit(standardize, static_argnames="eps")
+gradient_of = jax.jit(jax.grad(lambda kernel: weigh(standardize(kernel, 2.0))))
+compiled = jax.jit(standardize, static_argnames="eps")
 
 
 # The function.
@@ -253,7 +253,7 @@ def test_a_deep_network_keeps_the_variance_of_what_it_passes_on():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(256, 512)))
     gain = nonlinearity_gain(jax.nn.relu)
 
-    @quick_jit
+    @jax.jit
     def variances(x, gain):
         found = []
         for layer in range(6):
@@ -319,8 +319,8 @@ def test_a_convolution_is_that_of_flax_with_the_standardized_kernel(name):
     options = dict(options)
     eps = options.pop("eps", 1e-4)
     flax = nn.Conv(features, window, param_dtype=float, **options)
-    expected = quick_jit(lambda params: flax.apply({"params": plain(params, eps)}, x))(params)
-    np.testing.assert_allclose(quick_jit(model.apply)({"params": params}, x), expected, rtol=1e-12)
+    expected = jax.jit(lambda params: flax.apply({"params": plain(params, eps)}, x))(params)
+    np.testing.assert_allclose(jax.jit(model.apply)({"params": params}, x), expected, rtol=1e-12)
 
     layer = contrib_nnx.WSConv(4, features, window, eps=eps, param_dtype=float, rngs=nnx.Rngs(0), **options)
     nnx.update(layer, params)
@@ -346,7 +346,7 @@ def test_parameters_begin_as_the_method_says(layer):
     x = jnp.ones((1, 8, 8, 32))
     model = WSDense(512) if layer == "dense" else WSConv(512, (3, 3), feature_group_count=2)
     fan_in = 32 if layer == "dense" else 9 * 16
-    params = quick_jit(model.init)(jax.random.key(0), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     options = {"param_dtype": float, "rngs": nnx.Rngs(0)}
     module = (
         contrib_nnx.WSLinear(32, 512, **options)
@@ -379,8 +379,8 @@ def test_gain_bias_and_kernel_are_trained():
     x = normal(0, 8, 4)
     model = WSDense(3)
     params = random_params(model, x)
-    gradients = quick_jit(jax.grad(lambda params: weigh(model.apply({"params": params}, x))))(params)
-    expected = quick_jit(jax.grad(lambda params: weigh(x @ plain(params)["kernel"] + params["bias"][None])))(params)
+    gradients = jax.jit(jax.grad(lambda params: weigh(model.apply({"params": params}, x))))(params)
+    expected = jax.jit(jax.grad(lambda params: weigh(x @ plain(params)["kernel"] + params["bias"][None])))(params)
     chex.assert_trees_all_close(gradients, expected, rtol=1e-9, atol=1e-12)
     assert all((np.abs(leaf) > 1e-6).all() for leaf in jax.tree.leaves(gradients))
 
@@ -467,7 +467,7 @@ def test_find_layers_excludes_standardized_kernels_of_linen_with_the_reason():
         assert reasons(layers)[f"{name}/kernel"] == "its kernel is computed from the parameter before the product"
         assert f"{name}/gain" in reasons(layers)
     params = random_params(Net(), x)
-    gradients, records = quick_jit(gradients_and_records(Net()))(params, x)
+    gradients, records = jax.jit(gradients_and_records(Net()))(params, x)
     tx = bnp.scale_by_bnp(layers)
     updates, _ = tx.update(gradients, tx.init(params), intermediates=records)
     for name in ("WSConv_0", "WSDense_0"):
@@ -502,7 +502,7 @@ def test_standardized_layers_are_clipped_by_unit(api):
     assert layers[names[0]].fan_in == 9 * 2
     gradients = jax.tree.map(lambda leaf: 100 * jnp.cos(leaf), params)
     tx = adaptive_grad_clip(0.1, layers)
-    updates, _ = quick_jit(tx.update)(gradients, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(gradients, tx.init(params), params)
     flat, weights = flatten(updates), flatten(params)
     for path, leaf in flatten(gradients).items():
         if not path.startswith(tuple(names)) or path.endswith("gain"):

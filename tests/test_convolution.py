@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import gradients_and_records, init, normal, quick_jit, squared_error
+from helpers import gradients_and_records, init, normal, squared_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import absorbed, batch_scale, bnp_step, patches, same_padding
@@ -20,7 +20,7 @@ def step_of(model, params, x, target, **options):
     """Returns the preconditioned gradient of half the squared error, averaged over examples."""
     tx = bnp.scale_by_bnp(bnp.linen.find_layers(model, x), **options)
 
-    @quick_jit
+    @jax.jit
     def update(params, x, target):
         gradients, records = gradients_and_records(model, squared_error)(params, x, target)
         return tx.update(gradients, tx.init(params), intermediates=records)[0]
@@ -54,7 +54,7 @@ def test_convolution_equals_the_dense_formula_on_its_patches(conv, padding, use_
         groups * outputs, window, strides, padding, feature_group_count=groups, use_bias=use_bias, param_dtype=float
     )
     params = init(model, x, seed=seed)
-    y = quick_jit(model.apply)({"params": params}, x)
+    y = jax.jit(model.apply)({"params": params}, x)
     target = rng.normal(size=y.shape)
     updates = step_of(model, params, jnp.asarray(x), target, scaling=scaling, prior_examples=None, decay=0.9)
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from helpers import quick_jit
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,7 +37,7 @@ def coordinates(mean, moment, q2, eps=EPS):
     return Coordinates(*(jnp.asarray(x) for x in (mean[..., None, None], rate[..., None, None], bias_rate)))
 
 
-@functools.partial(quick_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def apply(method, of_layer, weights):
     return method(of_layer, weights)
 
@@ -57,7 +56,7 @@ def dense(kernel, bias=None):
     return Weights(jnp.asarray(kernel)[None, None, :, None], None if bias is None else jnp.asarray(bias)[None, None])
 
 
-@functools.partial(quick_jit, static_argnums=4)
+@functools.partial(jax.jit, static_argnums=4)
 def absorb_batch(h, mean, variance, rho, rule):
     """The paper's mean and variance of a dense layer after a batch, and its q2."""
     record = input_moments(h)
@@ -65,7 +64,7 @@ def absorb_batch(h, mean, variance, rho, rule):
     return *absorb(mean, variance, record.mean, record.variance, rho, rule), batch_scale(h.shape[1], examples)
 
 
-moments_of = quick_jit(input_moments)
+moments_of = jax.jit(input_moments)
 
 
 @pytest.mark.parametrize(("examples", "n", "m"), [(1, 1, 1), (1, 4, 3), (6, 2, 1), (3, 4, 2)])

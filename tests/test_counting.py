@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import assert_moments, assert_same, forward, init, make, normal, quick_jit
+from helpers import assert_moments, assert_same, forward, init, make, normal
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -18,7 +18,7 @@ from bnp_optax.moments import pool
 pytestmark = pytest.mark.usefixtures("x64")
 seeds = st.integers(0, 2**16)
 
-masked_record = functools.partial(quick_jit, static_argnames=("stack_axes", "num_spatial"))(bnp.input_moments)
+masked_record = functools.partial(jax.jit, static_argnames=("stack_axes", "num_spatial"))(bnp.input_moments)
 
 
 @given(st.sampled_from([(4,), (3, 5), (2, 3, 2)]), st.integers(0, 3), seeds)

@@ -25,9 +25,7 @@ TESTS = Path(__file__).parent
 def start(*command, devices):
     """Starts a Python program on so many virtual devices."""
     environment = os.environ | {
-        # Each program runs but a few times: XLA is to optimize nothing, as in helpers.quick_jit.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
-        "--xla_cpu_use_fusion_emitters=false",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # two processes must not share one, see conftest.py
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS.parent / "examples")]),

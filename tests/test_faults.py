@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import cross_entropy, gradients_and_records, init, make_step, normal, quick_jit, statistics_in
+from helpers import cross_entropy, gradients_and_records, init, make_step, normal, statistics_in
 
 import bnp_optax as bnp
 
@@ -56,7 +56,7 @@ OPTIMIZERS = {
 def guarded(name, gradients=GRADIENTS_AND_RECORDS):
     """An optimizer behind apply_if_finite, and its step, compiled once."""
     tx = optax.apply_if_finite(OPTIMIZERS[name](), max_consecutive_errors=5)
-    return tx, quick_jit(make_step(tx, gradients))
+    return tx, jax.jit(make_step(tx, gradients))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ ZEROED = {
 def zeroed(request, start):
     """A compiled step behind which gradients that are not finite are zeroed, its start and its end without a fault."""
     tx = ZEROED[request.param]()
-    step, start = quick_jit(make_step(tx, GRADIENTS_AND_RECORDS)), (start, tx.init(start))
+    step, start = jax.jit(make_step(tx, GRADIENTS_AND_RECORDS)), (start, tx.init(start))
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         return step, start, train(step, start, range(STEPS))
 
@@ -120,7 +120,7 @@ def test_unguarded_statistics_skip_the_layers_that_the_fault_reaches(position, z
 def test_statistics_outlast_an_inner_optimizer_that_does_not(start):
     """What is not finite goes into Adam's moments, as it does without BNP, but not into the statistics."""
     tx = OPTIMIZERS["adam in z"]()
-    step = quick_jit(make_step(tx, GRADIENTS_AND_RECORDS))
+    step = jax.jit(make_step(tx, GRADIENTS_AND_RECORDS))
     before = train(step, (start, tx.init(start)), range(BAD_STEP))
     _, after = train(step, before, [BAD_STEP], poison_at(1, np.nan))
     assert np.isnan(after.inner[0].mu["hidden"]["kernel"]).all()

@@ -16,7 +16,7 @@ import pytest
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 from fuzz_layers import CHANNELS, COMPUTED, SCAN, Net, stack_axis
-from helpers import compiled, gradients_and_records, init, quick_jit
+from helpers import compiled, gradients_and_records, init
 from oracles import absorbed, batch_scale, bnp_step, running_decay, same_padding
 
 import bnp_optax as bnp
@@ -279,7 +279,7 @@ def differentiator(model, layers, passing):
         y, records = capture({"params": params}, x, lengths)
         return y, (y, records)
 
-    of_part = quick_jit(gradients_and_records(with_output, lambda y: jnp.sum(jnp.square(y - 0.3)) / EXAMPLES))
+    of_part = jax.jit(gradients_and_records(with_output, lambda y: jnp.sum(jnp.square(y - 0.3)) / EXAMPLES))
 
     def differentiate(params, batch):
         gradients, others = zip(*(of_part(params, part) for part in batch), strict=True)

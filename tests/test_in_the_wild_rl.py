@@ -20,7 +20,6 @@ from helpers import (
     init,
     inputs_of,
     normal,
-    quick_jit,
     reasons,
     recorded,
     step_of,
@@ -42,7 +41,7 @@ def inputs_of_gates(cell, params, x, valid, carry=None, resets=None):
     """
     carry = cell.initialize_carry(jax.random.key(0), x[:, 0].shape) if carry is None else carry
 
-    @quick_jit
+    @jax.jit
     def unroll(carry, x):
         states, outputs = [], []
         for t in range(x.shape[1]):
@@ -294,7 +293,7 @@ def test_encoder_and_decoder_each_count_their_valid_steps():
     gates, _ = inputs_of_gates(LSTM(), params["encoder"], source, VALID)
     expected = {f"encoder/{gate}": (rows, N) for gate, rows in gates.items()}
     encoder = nn.RNN(LSTM(parent=None), return_carry=True)
-    carry, _ = quick_jit(encoder.apply)({"params": {"cell": params["encoder"]}}, source, seq_lengths=args[2])
+    carry, _ = jax.jit(encoder.apply)({"params": {"cell": params["encoder"]}}, source, seq_lengths=args[2])
     gates, outputs = inputs_of_gates(LSTM(), params["decoder"]["lstm"], target, target_valid, carry)
     expected |= {f"decoder/lstm/{gate}": (rows, 5) for gate, rows in gates.items()}
     expected |= {"decoder/logits": ([outputs[target_valid]], 5)}

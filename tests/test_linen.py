@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_moments, compiled, forward, gradients_and_records, init, normal, quick_jit, squared_error
+from helpers import assert_moments, compiled, forward, gradients_and_records, init, normal, squared_error
 
 import bnp_optax as bnp
 
@@ -110,7 +110,7 @@ def test_what_cannot_be_preconditioned_is_excluded_with_the_reason():
 
     tokens = jnp.zeros((2, 6), int)
     params = init(Odd(), tokens)
-    _, records = quick_jit(forward(Odd()))(params, tokens)
+    _, records = jax.jit(forward(Odd()))(params, tokens)
     assert list(records) == ["Doubling_0"]
     embedded = np.tile(params["Embed_0"]["embedding"][:1] * params["gain"][0], (12, 1))
     assert_moments(records["Doubling_0"], 2 * embedded @ params["Overriding_0"]["kernel"], examples=2)
@@ -139,7 +139,7 @@ def test_a_layer_called_twice_pools_its_calls():
 
     x = normal(0, 5, 3)
     params = init(Twice(), x)
-    _, records = quick_jit(forward(Twice()))(params, x)
+    _, records = jax.jit(forward(Twice()))(params, x)
     hidden = np.tanh(x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"][None])
     assert_moments(records["Dense_0"], np.concatenate([x, hidden]), examples=5)
 
@@ -151,7 +151,7 @@ def test_keyword_call_is_recorded():
             return nn.Dense(2)(inputs=x)
 
     x = jnp.ones((3, 4))
-    _, records = quick_jit(forward(Keyword()))(init(Keyword(), x), x)
+    _, records = jax.jit(forward(Keyword()))(init(Keyword(), x), x)
     np.testing.assert_array_equal(records["Dense_0"].mean, 1)
 
 
@@ -163,8 +163,8 @@ def test_recording_over_a_named_axis_equals_the_whole_batch():
     def shard(x):
         return bnp.linen.capture(model, axis_name="data")({"params": params}, x)[1]
 
-    sharded = quick_jit(jax.vmap(shard, axis_name="data", out_axes=None))(x)
-    _, whole = quick_jit(forward(model))(params, x.reshape(12, 8, 8, 2))
+    sharded = jax.jit(jax.vmap(shard, axis_name="data", out_axes=None))(x)
+    _, whole = jax.jit(forward(model))(params, x.reshape(12, 8, 8, 2))
     chex.assert_trees_all_close(sharded, whole, rtol=1e-5)
 
 
@@ -189,14 +189,14 @@ def test_records_are_a_collection_beside_what_the_model_sows():
 
 def test_recording_in_three_moves_beside_other_mutable_collections_and_over_a_named_axis():
     x = normal(0, 3, 4, 8, 8, 2)
-    variables = quick_jit(Net().init)(jax.random.key(0), x[0])
+    variables = jax.jit(Net().init)(jax.random.key(0), x[0])
     mutable = ["intermediates", "batch_stats"]
 
     def recorded(x):
         with bnp.linen.record_inputs(axis_name="data"):
             return Net().apply(variables, x, train=True, mutable=mutable)[1]["intermediates"]["Conv_0"]
 
-    sharded = quick_jit(jax.vmap(recorded, axis_name="data", out_axes=None))(x)
+    sharded = jax.jit(jax.vmap(recorded, axis_name="data", out_axes=None))(x)
     assert_moments(sharded["kernel_input"], np.reshape(x, (-1, 2)), examples=12)
 
 
@@ -214,7 +214,7 @@ def test_records_as_a_tree_of_intermediates_are_taken_too():
 
 def test_init_under_recording_records_nothing():
     with bnp.linen.record_inputs():
-        variables = quick_jit(Net().init)(jax.random.key(0), jnp.ones((1, 8, 8, 2)))
+        variables = jax.jit(Net().init)(jax.random.key(0), jnp.ones((1, 8, 8, 2)))
     assert set(variables) == {"params", "batch_stats"}
 
 
@@ -259,7 +259,7 @@ def test_convolutions_of_every_form_are_found_and_recorded(options, batch_dims):
     model = nn.Conv(8, **options)
     params = init(model, x)
     layers = bnp.linen.find_layers(model, x)
-    _, records = quick_jit(forward(model))(params, x)
+    _, records = jax.jit(forward(model))(params, x)
     _, groups, _ = layers["kernel"].moments_shape
     assert_moments(records["kernel"], np.reshape(x, (-1, 4)), examples=[*batch_dims, 1][0], groups=groups)
 
@@ -269,8 +269,8 @@ def test_train_state_forwards_the_records():
     params = init(model, x)
     tx = bnp.bnp_sgd(0.1, bnp.linen.find_layers(model, x))
     state = bnp.linen.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
-    gradients, records = quick_jit(gradients_and_records(model, squared_error))(params, x, y)
-    new = quick_jit(lambda s, g, r: s.apply_gradients(grads=g, intermediates=r))(state, gradients, records)
+    gradients, records = jax.jit(gradients_and_records(model, squared_error))(params, x, y)
+    new = jax.jit(lambda s, g, r: s.apply_gradients(grads=g, intermediates=r))(state, gradients, records)
     updates, opt_state = tx.update(gradients, tx.init(params), params, intermediates=records)
     chex.assert_trees_all_close(new.params, optax.apply_updates(params, updates), rtol=1e-6)
     chex.assert_trees_all_close(new.opt_state, opt_state, rtol=1e-6)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import gradients_and_records, init, normal, quick_jit
+from helpers import gradients_and_records, init, normal
 from oracles import patches, step_of_batch
 
 import bnp_optax as bnp
@@ -22,7 +22,7 @@ def gradients_and_updates(model, *args, params=None):
     tx = bnp.scale_by_bnp(bnp.linen.find_layers(model, *args), decay=0.0, prior_examples=None)
     differentiate = gradients_and_records(model)
 
-    @quick_jit
+    @jax.jit
     def update(params, *args):
         gradients, records = differentiate(params, args)
         return gradients, *tx.update(gradients, tx.init(params), intermediates=records)
@@ -160,7 +160,7 @@ def test_unshared_convolution_is_a_dense_layer_at_each_position(use_bias):
     def matrix(kernel):  # from [input * window, output] to the window outermost
         return kernel.reshape(2, 6, 6).swapaxes(0, 1).reshape(12, 6)
 
-    y = quick_jit(model.apply)({"params": params}, x)
+    y = jax.jit(model.apply)({"params": params}, x)
     for position in np.ndindex(3, 3):
         bias = params["bias"][position][None] if use_bias else 0
         by_hand = seen[:, *position].reshape(3, 12) @ matrix(np.asarray(params["kernel"][position])) + bias

@@ -15,7 +15,6 @@ from helpers import (
     init,
     model_update,
     normal,
-    quick_jit,
     second_update,
     unstack,
     update_of,
@@ -86,7 +85,7 @@ def test_scanned_stack_equals_the_blocks_unrolled(axis, block, unrolled):
     x, separate, (expected, expected_state) = unrolled
     scanned = Scanned(3, axis, block)
     params = {"block": jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *separate.values())}
-    outputs = (quick_jit(forward(model))(p, x)[0] for model, p in ((scanned, params), (Unrolled(3), separate)))
+    outputs = (jax.jit(forward(model))(p, x)[0] for model, p in ((scanned, params), (Unrolled(3), separate)))
     np.testing.assert_allclose(*outputs, rtol=1e-12)
     updates, state = model_update(scanned, params, x)
     assert_same(blocks(updates["block"], axis), expected)
@@ -152,9 +151,9 @@ def test_ensemble_under_vmap_equals_its_members():
         return jnp.stack(outputs), records
 
     layers = bnp.linen.find_layers(Block(), x)
-    gradients, records = quick_jit(gradients_and_records(members))(separate, x)
+    gradients, records = jax.jit(gradients_and_records(members))(separate, x)
     expected = [
-        quick_jit(functools.partial(second_update, layers))(*member)[0]
+        jax.jit(functools.partial(second_update, layers))(*member)[0]
         for member in zip(separate, gradients, records, strict=True)
     ]
     assert_same(unstack(updates, 3, axis=1), expected)
@@ -300,13 +299,13 @@ def test_accumulation_over_micro_batches_of_a_scanned_model():
         gradients, records = differentiate(params, x)
         return jax.tree.map(lambda t, g: t + g / 4, total, gradients), records
 
-    @quick_jit
+    @jax.jit
     def accumulated(params, x):
         parts, start = x.reshape(4, 2, 4), optax.tree.zeros_like(params)
         gradients, records = jax.lax.scan(functools.partial(micro_batch, params), start, parts)
         return tx.update(gradients, tx.init(params), intermediates=records)
 
-    @quick_jit
+    @jax.jit
     def whole(params, x):
         gradients, records = differentiate(params, x)
         return tx.update(gradients, tx.init(params), intermediates=records)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_moments, quick_jit
+from helpers import assert_moments
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 seeds = st.integers(0, 2**16)
 
 
-record_of = functools.partial(quick_jit, static_argnames=("groups", "num_spatial"))(bnp.input_moments)
+record_of = functools.partial(jax.jit, static_argnames=("groups", "num_spatial"))(bnp.input_moments)
 
 
 @given(st.lists(st.integers(1, 5), max_size=3), st.integers(1, 3), st.integers(1, 3), seeds)
@@ -56,7 +56,7 @@ def test_low_precision_input_gives_float32_moments_of_the_values_given(dtype):
 def test_numpy_input_of_a_dtype_that_jax_does_not_hold():
     x = np.random.default_rng(0).normal(size=(4, 3))
     with jax.enable_x64(False):  # any warning is an error
-        record = quick_jit(lambda: bnp.input_moments(x))()
+        record = jax.jit(lambda: bnp.input_moments(x))()
         assert record.mean.dtype == jnp.float32
     assert_moments(record, x, examples=4)
 
@@ -93,10 +93,10 @@ def test_pooled_batches_of_any_size_are_one_batch(counts, seed):
     assert_moments(pooled, np.concatenate(batches), examples=sum(counts))
 
 
-pool_examples = functools.partial(quick_jit, static_argnums=1)(pool)
+pool_examples = functools.partial(jax.jit, static_argnums=1)(pool)
 
 
-@quick_jit
+@jax.jit
 def pooled_in_two_ways(x):
     """The records of batches under two mapped axes, pooled as leading axes, and the outer one by its name."""
     records = jax.vmap(jax.vmap(bnp.input_moments))(x)
@@ -117,12 +117,12 @@ def test_pooling_over_a_named_axis_or_two_leading_axes_is_one_batch(outer, inner
 def test_calls_of_one_layer_add_positions_not_examples():
     rng = np.random.default_rng(0)
     first, second = rng.normal(size=(4, 3)), rng.normal(5, 2, size=(4, 6, 3))
-    record = quick_jit(functools.partial(pool_records, where="a layer"))(record_of(first), record_of(second))
+    record = jax.jit(functools.partial(pool_records, where="a layer"))(record_of(first), record_of(second))
     assert_moments(record, np.concatenate([first, second.reshape(-1, 3)]), examples=4)
     assert record.positions == 4 + 24
 
 
-@functools.partial(quick_jit, static_argnums=4)
+@functools.partial(jax.jit, static_argnums=4)
 def absorb_batch(mean, variance, batch, decay, rule):
     record = bnp.input_moments(batch)
     return absorb(mean, variance, record.mean, record.variance, decay, rule)

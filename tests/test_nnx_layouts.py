@@ -15,7 +15,6 @@ from helpers import (
     model_update,
     nnx_update,
     normal,
-    quick_jit,
     unstack,
     weigh,
 )
@@ -175,7 +174,7 @@ def lstm_names(tree):
 def test_updates_are_those_of_the_same_linen_model(model, linen, names, shape):
     model, x = make(model), normal(0, *shape)
     params = names(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    output = quick_jit(linen().apply)({"params": params}, x)
+    output = jax.jit(linen().apply)({"params": params}, x)
     np.testing.assert_allclose(output, compiled_call(lambda model, x: model(x), model, x), rtol=1e-9, atol=1e-9)
     expected, _ = model_update(linen(), params, x)
     assert_same(names(nnx_update(model, x)), expected)

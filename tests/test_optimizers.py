@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from helpers import forward, init, muon_dimensions, normal, quick_jit, with_statistics
+from helpers import forward, init, muon_dimensions, normal, with_statistics
 
 import bnp_optax as bnp
 
@@ -229,7 +229,7 @@ def optimizer(name, **options):
     """Returns an optimizer whose step is compiled, once for all variables it is used in."""
     make = (INSIDE | KEEPS_PARAMETERS | {"sophia": sophia})[name]
     inner = optax.with_extra_args_support(make(**options))
-    return optax.GradientTransformationExtraArgs(inner.init, quick_jit(inner.update))
+    return optax.GradientTransformationExtraArgs(inner.init, jax.jit(inner.update))
 
 
 def without_keys(state):
@@ -241,7 +241,7 @@ def without_keys(state):
     return jax.tree.map(numbers, state)
 
 
-VALUE_AND_GRADIENTS, VALUE_AND_GRADIENTS_IN_Z = (quick_jit(jax.value_and_grad(f)) for f in (loss, loss_in_z))
+VALUE_AND_GRADIENTS, VALUE_AND_GRADIENTS_IN_Z = (jax.jit(jax.value_and_grad(f)) for f in (loss, loss_in_z))
 
 
 @pytest.mark.parametrize("name", [*INSIDE, *KEEPS_PARAMETERS, "sophia"])
@@ -291,7 +291,7 @@ def test_what_belongs_outside_keeps_something_of_earlier_parameters(name):
 @functools.cache
 def two_records():
     """Of two batches whose moments differ."""
-    record = quick_jit(lambda x: forward(Net())(PARAMS, x)[1])
+    record = jax.jit(lambda x: forward(Net())(PARAMS, x)[1])
     return [record(X + shift) for shift in (0, 10)]
 
 

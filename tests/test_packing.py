@@ -4,10 +4,10 @@ import functools
 import itertools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -66,7 +66,7 @@ def test_neighbours_of_equal_shape_are_one_block(shapes):
         assert block.shape[0] == sum(shape[0] for shape in shapes if shape[1:] == block.shape[1:])
 
 
-@functools.partial(quick_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def repeated_and_reduced(packing, of_entries, of_rows, of_inputs):
     repeated = packing.entries_to_rows(of_entries), packing.rows_to_inputs(of_rows)
     reductions = (jnp.max, jnp.sum)
@@ -121,7 +121,7 @@ def test_what_is_packed_is_read_by_layer(shapes, seed):
         layer.path: record(*moments) for layer, moments in zip(layers, shapes, strict=True) if rng.random() < 0.8
     }
 
-    @quick_jit
+    @jax.jit
     def packed_and_read(records, damping):
         packed = packing.pack(records, np.float64)
         counts = packed.examples, packed.positions, packed.examples

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import compiled, forward, gradients_and_records, init, make_step, quick_jit
+from helpers import compiled, forward, gradients_and_records, init, make_step
 
 import bnp_optax as bnp
 
@@ -56,7 +56,7 @@ def end_of_training(params, dtype):
 def test_float64_keeps_float64_statistics():
     model, x = Net(jnp.float64), inputs(jnp.float64)
     params, tx = init(model, x), compiled(bnp.scale_by_bnp(bnp.linen.find_layers(model, x)))
-    gradients, records = quick_jit(gradients_and_records(model, loss))(params, x)
+    gradients, records = jax.jit(gradients_and_records(model, loss))(params, x)
     updates, state = tx.update(gradients, tx.init(params), intermediates=records)
     assert state["Conv_0"].mean.dtype == updates["Conv_0"]["kernel"].dtype == jnp.float64
 
@@ -82,7 +82,7 @@ def test_records_do_not_depend_on_the_scale_of_the_loss_and_updates_follow_it():
     """So that dynamic loss scaling may unscale before or after BNP."""
     model, x = Net(jnp.float32), inputs(jnp.float32)
     params, tx = init(model, x), compiled(bnp.scale_by_bnp(bnp.linen.find_layers(model, x)))
-    differentiate = quick_jit(gradients_and_records(model, loss))
+    differentiate = jax.jit(gradients_and_records(model, loss))
     (plain, records), (scaled, same_records) = (differentiate(params, x, scale) for scale in (1.0, 2.0**12))
     chex.assert_trees_all_equal(records, same_records)
     updates, _ = tx.update(plain, tx.init(params), intermediates=records)

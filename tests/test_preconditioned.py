@@ -22,7 +22,6 @@ from helpers import (
     make_step,
     map_statistics,
     normal,
-    quick_jit,
     squared_error,
     train,
     with_statistics,
@@ -60,7 +59,7 @@ def params():
 @pytest.fixture(scope="module")
 def batch(params):
     """Gradients and records."""
-    return quick_jit(GRADIENTS_AND_RECORDS)(params, X, Y)
+    return jax.jit(GRADIENTS_AND_RECORDS)(params, X, Y)
 
 
 def end(tx, params, steps=3):
@@ -88,7 +87,7 @@ def test_identity_inside_is_the_papers_method(params, options):
 def test_the_inner_optimizer_begins_at_z(params):
     """At the start the mean is 0 and the variance 1, so that z is w times the root of what damping makes of it."""
     keep = optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, state))
-    z = quick_jit(bnp.preconditioned(keep, LAYERS, eps_relative=0.5, eps=0.25).init)(params).inner
+    z = jax.jit(bnp.preconditioned(keep, LAYERS, eps_relative=0.5, eps=0.25).init)(params).inner
     expected = {
         name: {k: leaf * (np.sqrt(1.75) if k == "kernel" else 1) for k, leaf in own.items()} if name in LAYERS else own
         for name, own in params.items()
@@ -136,7 +135,7 @@ def test_steps_grow_with_the_batch_linearly_for_sgd_and_as_its_root_where_gradie
         chex.assert_trees_all_close(large[name], jax.tree.map(lambda u: 4**power * u, small[name]), rtol=1e-9)
 
 
-@quick_jit
+@jax.jit
 def updates_by_muon(params, x):
     layers = bnp.Layers((bnp.Layer.dense(("w",), (5, 20), bias=("b",)),))
     tx = bnp.preconditioned(optax.contrib.muon(0.1), layers, decay=0.0, eps_relative=0.0, eps=0.0, scaling="none")
@@ -162,7 +161,7 @@ def outputs_along_training(tx, starts, steps=4):
     """The model's outputs after each step, for each start: parameters, state, input. The step is compiled once."""
     step = make_step(tx, GRADIENTS_AND_RECORDS)
 
-    @quick_jit
+    @jax.jit
     def step_and_output(params, state, x):
         params, state = step(params, state, x, Y)
         return params, state, forward(MLP())(params, x)[0]
@@ -200,7 +199,7 @@ def test_trajectories_do_not_see_scale_and_shift_of_the_inputs(params, name, dec
 
     options = {"eps_relative": 0.0, "eps": 0.0, "scaling": "none", "prior_examples": None}
     tx = bnp.preconditioned(BY_NAME[name](), LAYERS, decay=decay, **options)
-    state, other = (quick_jit(tx.init)(start) for start in (params, equivalent))
+    state, other = (jax.jit(tx.init)(start) for start in (params, equivalent))
     other = map_statistics(lambda s: with_statistics(s, "Dense_0", mean=shift, variance=np.square(scale)), other)
     plain, same = outputs_along_training(tx, [(params, state, X), (equivalent, other, other_x)])
     np.testing.assert_allclose(same, plain, rtol=1e-6, atol=1e-6)

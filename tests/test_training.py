@@ -17,7 +17,6 @@ from helpers import (
     make_step,
     map_statistics,
     normal,
-    quick_jit,
     squared_error,
     with_statistics,
 )
@@ -51,7 +50,7 @@ class ConvNet(nn.Module):
         return nn.Dense(2, param_dtype=float)(x.reshape(x.shape[0], -1))
 
 
-@quick_jit
+@jax.jit
 def steps_in_both_variables(h, target, mu, sd, z):
     """Kernel and bias after a gradient step in z, mapped back, and after one of `bnp_sgd` with these statistics."""
 
@@ -92,7 +91,7 @@ def outputs_along_training(tx, starts, steps=8):
     """The model's outputs after each step, for each start: parameters, state, input, target."""
     step = make_step(tx, gradients_and_records(MLP(), squared_error))
 
-    @quick_jit
+    @jax.jit
     def step_and_output(params, state, x, y):
         params, state = step(params, state, x, y)
         return params, state, forward(MLP())(params, x)[0]
@@ -120,7 +119,7 @@ def test_trajectory_is_invariant_to_scaling_and_shifting_the_inputs(decay, seed)
     transformed_x = scale * x + shift
 
     tx = bnp.bnp_sgd(0.05, bnp.linen.find_layers(MLP(), x), decay=decay, prior_examples=None, **EXACT)
-    state = quick_jit(tx.init)(params)
+    state = jax.jit(tx.init)(params)
     transformed_state = map_statistics(
         lambda statistics: with_statistics(statistics, "Dense_0", mean=shift, variance=np.square(scale)), state
     )
@@ -146,7 +145,7 @@ def conv_net():
         return tx.update(gradients, tx.init(params), intermediates=records)
 
     differentiate = gradients_and_records(model, squared_error)
-    whole = quick_jit(lambda params, x, y: update(params, differentiate(params, x, y)))(params, x, y)
+    whole = jax.jit(lambda params, x, y: update(params, differentiate(params, x, y)))(params, x, y)
     assert whole[1]["Conv_1"].seen == 8
     return params, (x, y), update, whole
 
@@ -156,7 +155,7 @@ def test_accumulated_micro_batches_equal_one_batch(parts, conv_net):
     params, batch, update, whole = conv_net
     differentiate = gradients_and_records(ConvNet(), squared_error)
 
-    @quick_jit
+    @jax.jit
     def accumulated(params, batch):
         def micro_batch(total, batch):
             gradients, records = differentiate(params, *batch)
@@ -176,7 +175,7 @@ def test_a_model_mapped_over_examples_equals_the_batched_one(conv_net):
         return predictions[:, 0], records
 
     mapped = gradients_and_records(run, squared_error)
-    actual = quick_jit(lambda params, x, y: update(params, mapped(params, x, y)))(params, *batch)
+    actual = jax.jit(lambda params, x, y: update(params, mapped(params, x, y)))(params, *batch)
     chex.assert_trees_all_close(actual, whole, rtol=1e-9, atol=1e-12)
 
 
@@ -196,7 +195,7 @@ def train_online(variance, prior_examples):
         updates, state = tx.update(gradients, state, params, intermediates={"w": bnp.input_moments(x)})
         return (optax.apply_updates(params, updates), state), loss
 
-    run = quick_jit(functools.partial(jax.lax.scan, step))
+    run = jax.jit(functools.partial(jax.lax.scan, step))
     (_, state), losses = run((params, tx.init(params)), (xs, ys))
     return state[0]["w"].variance.ravel(), losses
 
@@ -243,6 +242,6 @@ def test_hessian_of_a_layer_is_better_conditioned_after_the_change_of_variables(
         logits = out.apply({"params": out_params}, h)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    hessian = np.asarray(quick_jit(jax.hessian(loss))(stacked)).reshape(15, 15)
+    hessian = np.asarray(jax.jit(jax.hessian(loss))(stacked)).reshape(15, 15)
     p = np.kron(preconditioner(record.mean.ravel(), record.variance.ravel(), 1.0), np.eye(3))
     assert condition_number(p.T @ hessian @ p) < 1e-2 * condition_number(hessian)

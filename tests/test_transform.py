@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import compiled, cross_entropy, gradients_and_records, init, make_step, normal, quick_jit
+from helpers import compiled, cross_entropy, gradients_and_records, init, make_step, normal
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import absorbed, bnp_step, running_decay
@@ -96,7 +96,7 @@ def test_the_chain_trains_under_jit_with_one_compilation():
     )
     step, state, traces = make_step(tx, gradients_and_records(model, cross_entropy)), tx.init(params), []
 
-    @quick_jit
+    @jax.jit
     def counted(*args):
         traces.append(1)
         return step(*args)

@@ -10,7 +10,7 @@ import optax
 import optax.contrib
 import pytest
 from flax.training.train_state import TrainState
-from helpers import compiled, make_step, muon_dimensions, quick_jit, statistics_in
+from helpers import compiled, make_step, muon_dimensions, statistics_in
 from transformations import GRADIENTS_AND_RECORDS, SGD, TRANSFORMATIONS, problem
 
 import bnp_optax as bnp
@@ -135,7 +135,7 @@ def update_and_apply(tx):
         traces.append(1)
         return step(*args)
 
-    return quick_jit(counted), traces
+    return jax.jit(counted), traces
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def step_and_traces(tx):
 def test_training_compiles_once_and_keeps_every_type(tx, step_and_traces):
     step, traces = step_and_traces
     start = problem().params
-    params, state = start, quick_jit(tx.init)(start)
+    params, state = start, jax.jit(tx.init)(start)
     for _ in range(3):
         new_params, new_state = step(params, state, *GRADIENTS_AND_RECORDS(params, problem().x))
         chex.assert_trees_all_equal_shapes_and_dtypes((params, state), (new_params, new_state))
@@ -175,7 +175,7 @@ def steps_in_a_scan(tx):
 def test_scan_and_cond_take_the_state(tx, step_and_traces):
     """Which they refuse, when they are traced, if a step changes its structure or a type."""
     step, batch = step_and_traces[0], (problem().gradients, problem().records)
-    start = problem().params, quick_jit(tx.init)(problem().params)
+    start = problem().params, jax.jit(tx.init)(problem().params)
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(steps_in_a_scan(tx), start, *batch), start)
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(step, *start, *batch), step(*start, *batch))
 
@@ -183,15 +183,15 @@ def test_scan_and_cond_take_the_state(tx, step_and_traces):
 def test_steps_in_a_scan_are_steps_one_by_one(entry):
     tx, batch = entry.optimizer(), (problem().gradients, problem().records)
     step, _ = update_and_apply(tx)
-    start = problem().params, quick_jit(tx.init)(problem().params)
-    scanned, expected = quick_jit(steps_in_a_scan(tx))(start, *batch), step(*step(*start, *batch), *batch)
+    start = problem().params, jax.jit(tx.init)(problem().params)
+    scanned, expected = jax.jit(steps_in_a_scan(tx))(start, *batch), step(*step(*start, *batch), *batch)
     chex.assert_trees_all_close(scanned, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_map_params_sees_statistics_as_what_they_are_no_parameters(request, tx):
     if "flatten" in request.node.callspec.id:
         pytest.skip("optax.flatten itself cannot be initialized with a placeholder")
-    state = quick_jit(tx.init)(problem().params)
+    state = jax.jit(tx.init)(problem().params)
     as_params = optax.tree.map_params(tx, lambda leaf: leaf + jnp.ones_like(leaf), state)
     chex.assert_trees_all_equal(statistics_in(as_params), statistics_in(state))
     others = optax.tree.map_params(tx, lambda leaf: leaf, state, transform_non_params=lambda leaf: leaf + 1)
@@ -207,7 +207,7 @@ KEEPING = {name: entry.optimizer for name, entry in TRANSFORMATIONS.items()} | {
 def test_steps_that_keep_the_statistics_compile_once_and_keep_every_type(name):
     tx, start = KEEPING[name](), problem().params
     step, traces = update_and_apply(tx)
-    state = quick_jit(tx.init)(start)
+    state = jax.jit(tx.init)(start)
     params, state = step(start, state, problem().gradients, problem().records)
     traces.clear()
     before = statistics_in(state)

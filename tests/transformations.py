@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from helpers import gradients_and_records, init, normal, quick_jit
+from helpers import gradients_and_records, init, normal
 
 import bnp_optax as bnp
 
@@ -62,7 +62,7 @@ def loss(output):
     return jnp.sum(jnp.square(jnp.sin(output)))
 
 
-GRADIENTS_AND_RECORDS = quick_jit(gradients_and_records(Net(), loss))
+GRADIENTS_AND_RECORDS = jax.jit(gradients_and_records(Net(), loss))
 
 
 class Problem(NamedTuple):
