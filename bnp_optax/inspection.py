@@ -171,8 +171,8 @@ def _statistics(state: Any) -> Statistics:
     found: list[Statistics] = [node for node in jax.tree.leaves(state, is_leaf=is_statistics) if is_statistics(node)]
     if len(found) != 1:
         raise ValueError(
-            f"The state holds {len(found)} states of BNP, not one. Pass what the optimizer's init and update return, "
-            "or the part of it that belongs to these layers."
+            f"The state holds {len(found)} states of BNP, not one. Pass what init and update of an optimizer with "
+            "preconditioned or scale_by_bnp in it return, or the part of it that belongs to these layers."
         )
     return found[0]
 

@@ -264,6 +264,8 @@ class Layers(Mapping[str, Layer]):
         return frozenset(layer.record for layer in self.included)
 
     def __getitem__(self, path: str) -> Layer:
+        if path not in self._by_path:
+            raise KeyError(f"no layer is {path}, but there are {', '.join(self)}")
         return self._by_path[path]
 
     def __iter__(self) -> Iterator[str]:

@@ -59,6 +59,11 @@ class InputMoments:
     count: jax.Array
     positions: jax.Array
 
+    def __repr__(self) -> str:
+        """Shows longer arrays by type alone, as a model's records are printed, and stand in errors of JAX."""
+        types = {k: f"{x.dtype}{list(x.shape)}" for k, x in vars(self).items() if getattr(x, "size", 0) > 4}
+        return f"InputMoments({', '.join(f'{k}={types.get(k, repr(x))}' for k, x in vars(self).items())})"
+
     @classmethod
     def of(cls, mean: jax.Array, variance: jax.Array, examples: jax.Array, positions: jax.Array) -> "InputMoments":
         """Returns the record of inputs with this mean and biased variance.

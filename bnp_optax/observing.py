@@ -1,11 +1,12 @@
 """What both APIs need to observe a model: who observes it in this thread, and the error for what is no model."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 import flax.linen as nn
 import jax
+import numpy as np
 from flax import nnx
 
 from bnp_optax.counting import Counting
@@ -65,3 +66,24 @@ def no_model(wanted: str, given: Any) -> TypeError:
     of_other = next((name for cls, name in other.items() if isinstance(given, cls)), None)
     remedy = "Pass the model itself." if of_other is None else f"That of bnp_optax.{of_other} is for this model."
     return TypeError(f"{wanted}, not {type(given).__name__}. {remedy}")
+
+
+@contextlib.contextmanager
+def noting_the_call(model: Any, args: Any, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Adds to an error inside what a search for layers calls the model with, as the error is the model's or Flax's."""
+    try:
+        yield
+    except Exception as error:
+        given = [*map(_brief, args), *(f"{name}={_brief(value)}" for name, value in kwargs.items())]
+        error.add_note(
+            f"find_layers called {type(model).__name__} with ({', '.join(given)}). Give it, behind the model, what a "
+            "training step calls the model with: a batch of inputs, or their jax.ShapeDtypeStruct, and no variables."
+        )
+        raise
+
+
+def _brief(argument: Any) -> str:
+    """Returns the shape and type of an array, a plain value, and the type of all else."""
+    if isinstance(argument, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+        return f"{argument.dtype}[{', '.join(map(str, argument.shape))}]"
+    return repr(argument) if isinstance(argument, bool | int | float | str | None) else type(argument).__name__

@@ -31,7 +31,7 @@ class LayerStatistics(NamedTuple):
       variance: running variance, same shape and dtype.
       damping: ``eps1 max(variance) + eps2``, what the variance of every input of a unit is increased by,
         ``[stack, group]``; of a layer without a bias the raw second moment stands for the variance.
-      scale: q2 of the last recorded batch, ``[stack]``.
+      scale: q2, what divides the step, of the last recorded batch, ``[stack]``.
       seen: examples absorbed so far, ``[stack]``, int32.
       skipped: batches left out because their moments were not finite, ``[stack]``, int32.
     """
@@ -91,6 +91,8 @@ class Statistics:
     skipped: jax.Array
 
     def __getitem__(self, path: str) -> LayerStatistics:
+        if path not in self.packing.places:
+            raise KeyError(f"no layer is {path}, but there are {', '.join(self)}")
         place = self.packing.places[path]
 
         def part(name: str) -> jax.Array:

@@ -11,7 +11,7 @@ from bnp_optax import tracing
 from bnp_optax.layers import Layers
 from bnp_optax.layouts import Product
 from bnp_optax.linen.calls import observe, parameters
-from bnp_optax.observing import no_model
+from bnp_optax.observing import no_model, noting_the_call
 from bnp_optax.records import record_key
 from bnp_optax.tracing import Call, Finder, Log, Traced, Watch, explicit_call
 from bnp_optax.trees import as_path
@@ -39,7 +39,7 @@ def find_layers(
       model: a Flax Linen module.
       *args: what its method is called with; arrays may be `jax.ShapeDtypeStruct`. The batch size
         does not matter.
-      rngs: random keys as for ``model.init``; by default one made for the purpose.
+      rngs: random keys as for ``model.init`` or ``model.apply``; by default one made for the purpose.
       method: which method is traced, ``__call__`` by default.
       **kwargs: keyword arguments of the method.
 
@@ -69,7 +69,8 @@ def find_layers(
     if not isinstance(model, nn.Module):
         raise no_model("find_layers(model, x) of Linen wants a flax.linen.Module", model)
     init, apply, arrays = _make_init(model, rngs, method, args, kwargs)
-    variables = jax.eval_shape(init, {}, arrays)
+    with noting_the_call(model, args, kwargs):
+        variables = jax.eval_shape(init, {}, arrays)
     params = variables.get("params", {})
     # traced, as a box constrains what it holds where a mesh is set
     unboxed = jax.tree_util.tree_leaves_with_path(jax.eval_shape(nn.unbox, params))
@@ -159,15 +160,15 @@ def _make_init(
     def apply(params_and_others: tuple[Any, Mapping[str, Any]], arrays: list[jax.Array]) -> Any:
         params, others = params_and_others
         rngs, args, kwargs = merge(arrays)
-        streams = dict(rngs) if isinstance(rngs, Mapping) else {"params": rngs}  # others are made of it, as in init
         return nn.Module.apply(
-            model, {"params": params, **others}, *args, rngs=streams, method=method, mutable=True, **kwargs
+            model, {"params": params, **others}, *args, rngs=rngs, method=method, mutable=True, **kwargs
         )[1]
 
     def merge(arrays: list[jax.Array]) -> tuple[Any, Any, Any]:
         remaining = iter(arrays)
         merged = [next(remaining) if dynamic else leaf for leaf, dynamic in zip(leaves, is_array, strict=True)]
         rngs, args, kwargs = jax.tree.unflatten(treedef, merged)
-        return jax.random.key(0) if rngs is None else rngs, args, kwargs
+        streams = dict(rngs) if isinstance(rngs, Mapping) else {} if rngs is None else {"params": rngs}
+        return {"params": jax.random.key(0), **streams}, args, kwargs  # of which Flax makes the others
 
     return init, apply, [leaf for leaf, dynamic in zip(leaves, is_array, strict=True) if dynamic]

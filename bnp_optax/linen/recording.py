@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -78,6 +79,7 @@ def capture(
     apply = model.apply if isinstance(model, nn.Module) else model
     if not callable(apply) or isinstance(model, nnx.Module):
         raise no_model("capture(model) of Linen wants a flax.linen.Module, or its apply", model)
+    _check_takes_mutable(apply)
     counting = Counting.of(axis_name, mask, examples)
 
     def apply_and_record(
@@ -191,6 +193,19 @@ def _stays_inside(module: nn.Module, x: jax.Array) -> bool:
     own = module.scope  # whose root is that of the model, or of the innermost of Flax's transforms
     is_inside = own is not None and scope.Scope({}).trace_level != own.root.trace_level
     return is_inside and isinstance(jax.lax.stop_gradient(x), jax.core.Tracer)
+
+
+def _check_takes_mutable(apply: Callable[..., Any]) -> None:
+    """Raises an error if a function that stands for ``model.apply`` cannot be asked for the records."""
+    takes = inspect.signature(apply).parameters.values()
+    is_compiled = isinstance(apply, jax.stages.Wrapped)
+    if is_compiled or not any(own.name == "mutable" or own.kind is own.VAR_KEYWORD for own in takes):
+        reason = "is compiled: compile the training step around it" if is_compiled else "takes no mutable="
+        raise TypeError(
+            f"capture wants a model, or a function that takes what model.apply takes, mutable= too, but "
+            f"{getattr(apply, '__name__', type(apply).__name__)} {reason}. Write "
+            "y, records = capture(model)({'params': params}, x)."
+        )
 
 
 def _check_held(layers: Layers, params: Any) -> None:

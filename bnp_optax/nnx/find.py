@@ -12,7 +12,7 @@ from bnp_optax.layers import Layers, Path, layer_name
 from bnp_optax.layouts import Product, reason_to_exclude
 from bnp_optax.nnx.calls import observe, parameters
 from bnp_optax.nnx.recording import SITE, LostError, Site, captured_by, module_paths, store
-from bnp_optax.observing import no_model
+from bnp_optax.observing import no_model, noting_the_call
 from bnp_optax.records import record_key
 from bnp_optax.tracing import Call, Finder, Log, Traced, Watch
 from bnp_optax.trees import as_path
@@ -88,7 +88,7 @@ def find_layers(model: nnx.Module, *args: Any, method: Callable[..., Any] | str 
             remaining = iter(shapes)
             leaves = [next(remaining) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for leaf in leaves]
             args, kwargs = jax.tree.unflatten(treedef, leaves)
-            with observe(_Finder(watch, log)):
+            with noting_the_call(model, args, kwargs), observe(_Finder(watch, log)):
                 _, found = nnx.capture(run, _Found, init=sites)(model, *args, **kwargs)
             values = [variable.get_value() for _, variable in nnx.to_flat_state(found)]
             return [value for value in values if isinstance(value, Call)]
