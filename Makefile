@@ -3,8 +3,9 @@ BIN := .venv/bin
 READY := .venv/ready
 DATA_DIR ?= data
 RESULTS ?= $(if $(QUICK),quick-results,experiments/results)
+DIST ?= dist
 
-.PHONY: demo test check-experiments lint docs paper methods optimizers figures benchmark clean
+.PHONY: demo test check-experiments lint docs dist check-dist paper methods optimizers figures benchmark clean
 
 demo: $(READY)  ## Train on handwritten digits with SGD, BatchNorm and BNP (ARGS=--help explains the options).
 	$(BIN)/python experiments/digits.py $(ARGS)
@@ -24,6 +25,20 @@ docs: $(READY)  ## Build the documentation, running its notebooks, into docs/_bu
 	XLA_FLAGS='--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false' \
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs . docs/_build/html
 
+dist: $(READY)  ## Build what is published into DIST; PROJECT_URL is the repository's address, for the README's links.
+	$(if $(PROJECT_URL),,$(error PROJECT_URL is missing: make dist PROJECT_URL=https://github.com/OWNER/bnp_optax))
+	PROJECT_URL=$(PROJECT_URL) $(BIN)/python -m build --outdir $(DIST) .
+	$(BIN)/twine check --strict $(DIST)/*
+
+check-dist: $(READY)  ## In an environment of its own, run the README's code on the wheel alone, then tests of the sdist.
+	rm -rf build && mkdir -p build/readme build/sdist
+	$(MAKE) dist DIST=build/dist PROJECT_URL=https://example.org/bnp_optax
+	$(PYTHON) -m venv build/venv
+	wheel=$$(ls build/dist/*.whl) && build/venv/bin/python -m pip install --quiet "$$wheel[test]"
+	cp README.md conftest.py build/readme && cd build/readme && ../venv/bin/pytest -c /dev/null --rootdir . --confcutdir . README.md
+	tar -xf build/dist/*.tar.gz -C build/sdist --strip-components 1
+	cd build/sdist && ../venv/bin/pytest README.md tests/test_linen.py tests/test_nnx.py
+
 paper: $(READY)  ## Run the paper's experiments on the files in DATA_DIR; QUICK=1: minutes, on data that needs none.
 	$(BIN)/python experiments/paper.py --data-dir $(DATA_DIR) --results $(RESULTS) $(if $(QUICK),--quick) $(ARGS)
 	$(BIN)/python experiments/figures.py --results $(RESULTS)
@@ -39,7 +54,7 @@ optimizers: $(READY)  ## Run the experiments with Momentum, Adam and Muon on the
 figures: $(READY)  ## Draw the figures and write the tables of the pages from the CSV files.
 	$(BIN)/python experiments/figures.py --pages experiments/results/README.md
 	$(BIN)/python experiments/methods_report.py --pages experiments/results/methods.md docs/contrib/README.md
-	$(BIN)/python experiments/optimizers_report.py --pages README.md experiments/results/optimizers.md
+	$(BIN)/python experiments/optimizers_report.py --pages README.md experiments/results/optimizers.md docs/migration.md
 	$(BIN)/python experiments/report.py --pages docs/performance.md
 
 benchmark: $(READY)  ## Measure steps of SGD, BNP and its peers (ARGS=--help explains the options), and compiling them.
@@ -47,8 +62,8 @@ benchmark: $(READY)  ## Measure steps of SGD, BNP and its peers (ARGS=--help exp
 	$(BIN)/python experiments/compilation.py
 	$(BIN)/python experiments/report.py --pages docs/performance.md
 
-clean:  ## Remove the environment.
-	rm -rf .venv
+clean:  ## Remove the environment, and what was built.
+	rm -rf .venv build dist docs/_build
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -7,6 +7,8 @@ from bnp_optax.layers import Excluded, Layer, Layers, Parameter
 from bnp_optax.moments import InputMoments, input_moments
 from bnp_optax.statistics import LayerStatistics, Statistics
 
+__version__ = "0.1.0"
+
 __all__ = [
     "KEEP_STATISTICS",
     "Excluded",
