@@ -17,11 +17,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-# For the same reason XLA is to optimize little. Flags of the caller's own come last, and win.
-OPTIMIZE_LITTLE = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true"
-)
-os.environ["XLA_FLAGS"] = f"{OPTIMIZE_LITTLE} {os.environ.get('XLA_FLAGS', '')}"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # for the same reason
 
 hypothesis.settings.register_profile("bnp", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.load_profile("bnp")
