@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -69,8 +71,45 @@ def test_binary_network(monkeypatch, capsys):
         assert f"{name}, binary weights: test accuracy {accuracy:.1f} %" in printed
 
 
+def return_at_random(swing):
+    """Returns the mean return of 500 episodes of 200 random actions each, in the pendulum of an example."""
+    rng = np.random.default_rng(0)
+    state, total, swing = jnp.asarray(rng.uniform(-1, 1, (500, 2)) * [np.pi, 1]), 0, jax.jit(swing)
+    for _ in range(200):
+        state, reward = swing(state, rng.integers(0, 3, 500))
+        total += np.asarray(reward)
+    return total.mean()
+
+
+def test_reinforcement_learning(monkeypatch, capsys):
+    example = load("reinforcement_learning")
+    rest = jnp.array([[0.0, 0.0], [3 * jnp.pi, 0.0]])  # upright, and hanging
+    stays, rewards = example.swing(rest, jnp.ones(2, int))  # without a torque
+    np.testing.assert_allclose(stays, rest, atol=1e-5)
+    np.testing.assert_allclose(rewards, [0, -(np.pi**2)], rtol=1e-5)
+    falls, _ = example.swing(jnp.array([[0.1, 0.0], [0.0, 0.0], [0.0, 0.0]]), jnp.array([1, 2, 0]))
+    gravity, length, torque, dt = 10, 1, 2, 0.05  # of a rod of mass 1: what accelerates it, by its moment of inertia
+    push = torque / (length**2 / 3)
+    expected = np.array([gravity * length / 2 * np.sin(0.1) / (length**2 / 3), push, -push]) * dt
+    np.testing.assert_allclose(falls[:, 1], expected, rtol=1e-5)
+
+    runs = (example.BNP, True), (example.RENORM, False)
+    short = {"RUNS": runs, "STEPS": 2000, "ENVIRONMENTS": 8, "BATCH": 16, "RATES": (0.003,), "SEEDS": 3}
+    for name, value in short.items():
+        monkeypatch.setattr(example, name, value)
+    returns = example.main()
+    printed = capsys.readouterr().out
+    at_random = return_at_random(example.swing)
+    for method, has_target in runs:
+        ((*seeds,),) = returns[method, has_target]
+        assert at_random + 100 < np.mean(seeds) < 0
+        seen = f"{np.mean(seeds):.0f} ({min(seeds):.0f} to {max(seeds):.0f})"
+        assert f"| {method} | {'yes' if has_target else 'no'} | {seen} |" in printed
+
+
 def test_examples_are_short():
     """They are to be copied: one idea each."""
     lengths = {path.stem: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
-    assert set(lengths) == {"binary_network", "linen_train_state", "many_devices", "nnx_cnn", "online", "transformer"}
+    names = {"binary_network", "linen_train_state", "many_devices", "nnx_cnn", "online"}
+    assert set(lengths) == names | {"reinforcement_learning", "transformer"}
     assert max(lengths.values()) <= 100
