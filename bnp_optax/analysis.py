@@ -37,7 +37,8 @@ LossFn = Callable[[optax.Params], jax.Array]
 def preconditioner(layer: Layer, statistics: Statistics) -> jax.Array:
     """Returns the matrix P of one layer, such that the gradient ``g`` of its parameters becomes ``P P' g``.
 
-    For every output unit, with ``sd = sqrt(var + eps1 max(var) + eps2)`` and the scale q2 of the last recorded batch::
+    For every output unit, with ``sd = sqrt(var + eps1 max(var) + eps2)`` and ``q ** 2`` for q2, the scalar that divided
+    the step of the last recorded batch::
 
         P = (1/q) [1 -mu'; 0 I] [1 0; 0 diag(1/sd)]        on [bias; weights]
 

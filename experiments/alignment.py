@@ -9,7 +9,7 @@ the hidden weights cannot reach.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import rich.progress
 
 import images
 import protocol
 import runs
+import sweeps
 import tables
 import trials
 from bnp_optax.contrib import alignment_residual, explore_then_exploit, gated_head
@@ -137,7 +137,7 @@ class Residual:
       steps: how many the training had taken.
       columns: hidden weights of every output.
       rank: of the examples' rows in the Jacobian of one output, the lowest of all outputs.
-      residual: the norm of the targets outside of the column space, by that of the targets.
+      residual: the norm of the targets outside of the column space, relative to that of the targets.
       error: the norm of the targets less the outputs, likewise.
       commit: of the code.
     """
@@ -175,13 +175,16 @@ def reach(z: jax.Array, hidden: jax.Array, output: jax.Array, gate: jax.Array, y
 def follow_all(results: Path, data_dir: Path, quick: bool) -> None:
     """Trains with and without a second phase, and adds the rows of what the CSV file lacks."""
     output = results / RESIDUALS
-    done = {(row.setting, row.method, row.seed) for row in runs.read_rows(output, Residual)}
+    done = {(row.setting, row.method, row.seed): [row] for row in runs.read_rows(output, Residual)}
     seeds = trials.QUICK_SEEDS if quick else trials.SEEDS
     cells = [dataclasses.replace(trial, rate=RATE) for trial in tuning(quick)]
     todo = [dataclasses.replace(trial, seed=seed) for trial in dict.fromkeys(cells) for seed in seeds]
-    for trial in rich.progress.track(todo, output.stem):
-        if (trial.setting, trial.method, trial.seed) not in done:
-            runs.append_rows(output, follow(trial, data_dir))
+    by_key = {(trial.setting, trial.method, trial.seed): trial for trial in todo}
+
+    def work(key: tuple[str, str, int], advance: Callable[[int], None]) -> list[Residual]:
+        return follow(by_key[key], data_dir)
+
+    sweeps.sweep(list(by_key), work, done, functools.partial(runs.append_rows, output), title=output.stem)
 
 
 def follow(trial: Trial, data_dir: Path) -> list[Residual]:

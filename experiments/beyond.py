@@ -6,13 +6,11 @@
 A call continues where an earlier one stopped. ``figures.py`` writes the tables of what comes out.
 """
 
-import argparse
 import dataclasses
 import itertools
 from collections.abc import Callable
 
-import rich
-
+import programs
 import sweeps
 import train
 from runs import BOUNDS, Run
@@ -68,12 +66,12 @@ EXPERIMENTS: dict[str, Callable[[bool], list[Run]]] = {"rule": rule, "bound": bo
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the experiments and prints what came out."""
-    parser = argparse.ArgumentParser(description="Runs experiments beyond the paper's and continues earlier calls.")
+    parser = programs.Parser(description="Runs experiments beyond the paper's and continues earlier calls.")
     args = sweeps.parse(parser, argv, EXPERIMENTS)
     for name in args.experiments:
         todo = EXPERIMENTS[name](args.quick)
-        rich.print(train.make_table(train.sweep(todo, args.results / f"{name}.csv", args.data_dir, args.workers)))
+        programs.show(train.make_table(train.sweep(todo, args.results / f"{name}.csv", args.data_dir, args.workers)))
 
 
 if __name__ == "__main__":
-    main()
+    programs.start(main)

@@ -141,7 +141,7 @@ class Cost:
       method: one of ``METHODS``.
       batch_size: examples a step.
       milliseconds: of a step, the median.
-      ratio: by that of the network as it is with the same optimizer, the median over rounds.
+      ratio: to the network as it is with the same optimizer, the median over rounds.
       memory_ratio: likewise, the bytes of a compiled step.
       state: numbers that are carried beside parameters and the optimizer's own state.
       signal: the norm of the gradient of the first kernel in training on one example, 0 where nothing comes through.
@@ -239,7 +239,7 @@ def report_costs(outcomes: Sequence[Outcome], results: Path) -> trials.Report:
     sizes = sorted({size for _, size in tests}, reverse=True)
     rows = []
     for name, method in METHODS.items():
-        if not all((name, size) in tests and (name, size) in costs for size in sizes):
+        if not sizes or not all((name, size) in tests and (name, size) in costs for size in sizes):
             continue
         own = [costs[name, size] for size in sizes]
         rows.append(

@@ -8,15 +8,14 @@ of all processors. The ratio to the same method without BNP is that of the same 
 import argparse
 import re
 import time
-from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich
 import rich.progress
 
+import programs
 import report
 import runs
 import steps
@@ -83,21 +82,25 @@ def count_operations(program: str) -> int:
 
 def main(argv: list[str] | None = None) -> list[Compilation]:
     """Measures, writes compilation.csv and prints it."""
-    parser = argparse.ArgumentParser(
+    parser = programs.Parser(
         description="Measures what BNP adds to tracing and compiling a deep network.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--blocks", type=int, default=64, metavar="N", help="residual blocks of two layers")
-    parser.add_argument("--repetitions", type=int, default=7, metavar="N", help="compilations of each method")
-    parser.add_argument("--results", type=Path, default=runs.RESULTS, metavar="DIR", help="where the file goes")
+    parser.add_argument("--blocks", type=programs.count, default=64, metavar="N", help="residual blocks of two layers")
+    parser.add_argument(
+        "--repetitions", type=programs.count, default=7, metavar="N", help="compilations of each method"
+    )
+    parser.add_argument(
+        "--results", type=programs.folder, default=str(runs.RESULTS), metavar="DIR", help="where the file goes"
+    )
     args = parser.parse_args(argv)
     rows = measure(args.blocks, args.repetitions)
     report.write(args.results / "compilation.csv", rows)
     lines = [[*report.compilation_cells(row), f"{BARS[row.method]:g}" if row.method in BARS else ""] for row in rows]
-    rich.print(report.make_table(f"{2 * args.blocks} layers", (*report.COMPILATION_HEADER, "bar"), lines))
+    programs.show(report.make_table(f"{2 * args.blocks} layers", (*report.COMPILATION_HEADER, "bar"), lines))
     return rows
 
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_compilation_cache", False)
-    main()
+    programs.start(main)

@@ -7,6 +7,7 @@ are functions of the parameters.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import rich.progress
 
 import bnp_optax as bnp
 import images
 import runs
+import sweeps
 import train
 from bnp_optax import analysis
 from runs import Run
@@ -79,15 +80,30 @@ def measure_all(output: Path, seeds: Sequence[int], steps: Sequence[int]) -> lis
       The rows of the file.
     """
     done = {(row.method, row.seed, row.step) for row in read(output)}
-    with rich.progress.Progress() as progress:
-        task = progress.add_task(output.stem, total=3 * len(seeds) * len(steps))
-        for seed, method in itertools.product(seeds, ("sgd", "bn", "bnp")):
-            run = Run("digits", "small-mlp", method, BATCH_SIZE, RATE, seed, BATCH_SIZE * steps[-1])
-            missing = [step for step in steps if (method, seed, step) not in done]
-            progress.advance(task, len(steps) - len(missing))
-            for rows in measure(run, missing) if missing else ():
-                runs.append_rows(output, rows)
-                progress.advance(task)
+    missing = {
+        (seed, method): [step for step in steps if (method, seed, step) not in done]
+        for seed, method in itertools.product(seeds, ("sgd", "bn", "bnp"))
+    }
+
+    def work(which: tuple[int, str], advance: Callable[[int], None]) -> list[Conditioning]:
+        seed, method = which
+        run = Run("digits", "small-mlp", method, BATCH_SIZE, RATE, seed, BATCH_SIZE * steps[-1])
+        rows = []
+        for own in measure(run, missing[which]):
+            rows += own
+            advance(1)
+        return rows
+
+    whole: dict[tuple[int, str], list[Conditioning]] = {which: [] for which, left in missing.items() if not left}
+    sweeps.sweep(
+        list(missing),
+        work,
+        whole,
+        functools.partial(runs.append_rows, output),
+        title=output.stem,
+        size=lambda which: len(missing[which]),
+        unit="spectra",
+    )
     return read(output)
 
 

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import rich.progress
 
 import bnp_optax as bnp
 import models
 import runs
+import sweeps
 import trials
 from bnp_optax.contrib import diagnostics
 from protocol import Trial
@@ -253,16 +253,16 @@ def look_at_all(results: Path, data_dir: Path, quick: bool) -> None:
       quick: a short form on scikit-learn's digits.
     """
     output = results / DIAGNOSTICS
-    done = {(row.method, row.seed) for row in runs.read_rows(output, Diagnosis)}
+    done = {(row.method, row.seed): [row] for row in runs.read_rows(output, Diagnosis)}
     data, stops = ("digits", (0, 3)) if quick else ("mnist", (0, 20, 300))
     depth = QUICK_DEPTH if quick else DEPTH
     todo = list(itertools.product(QUICK_METHODS if quick else METHODS, trials.QUICK_SEEDS if quick else trials.SEEDS))
-    with rich.progress.Progress() as progress:
-        task = progress.add_task(output.stem, total=len(todo))
-        for name, seed in todo:
-            if (name, seed) not in done:
-                runs.append_rows(output, look_at(name, depth, seed, data, data_dir, stops))
-            progress.advance(task)
+
+    def work(which: tuple[str, int], advance: Callable[[int], None]) -> list[Diagnosis]:
+        name, seed = which
+        return look_at(name, depth, seed, data, data_dir, stops)
+
+    sweeps.sweep(todo, work, done, functools.partial(runs.append_rows, output), title=output.stem)
 
 
 def look_at(name: str, depth: int, seed: int, data: str, data_dir: Path, stops: Iterable[int]) -> list[Diagnosis]:

@@ -16,7 +16,6 @@ It prints what each learning rate reaches and draws the training curves. Run it 
 import argparse
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,17 +27,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from rich import box
-from rich import print as rich_print
-from rich.progress import Progress
 from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import bnp_optax as bnp
+import programs
 
 NUM_TRAIN, NUM_TEST = 1024, 450  # the other 323 choose the learning rate
 WORKING_MARGIN = 5  # points of accuracy
-ADAM_FACTOR = 0.01  # of Adam's learning rates by those of SGD
+ADAM_FACTOR = 0.01  # Adam's learning rates relative to SGD's
 # colour-blind readers can tell them apart
 COLORS = {"SGD": "#555555", "BN": "#E69F00", "BNP": "#0072B2", "Adam": "#CC79A7", "BNP(Adam)": "#009E73"}
 MARKERS = {"SGD": "s", "BN": "^", "BNP": "o", "Adam": "v", "BNP(Adam)": "D"}
@@ -222,26 +220,22 @@ def make_figure(results: Results) -> Figure:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = programs.Parser(
         description="Trains one network on digits by SGD and Adam: plain, with BatchNorm layers, in BNP's variables.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    option, rates = parser.add_argument, [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
-    option("--batch-sizes", nargs="+", type=int, default=[64, 4, 1], metavar="N", help="examples a step")
-    option("--rates", nargs="+", type=float, default=rates, metavar="RATE", help="learning rates of SGD")
-    option("--epochs", type=int, default=7, metavar="N", help=f"passes over the {NUM_TRAIN} training examples")
-    option("--seeds", type=int, default=3, metavar="N", help="runs that differ in initial weights and batches")
+    option, count, rates = parser.add_argument, programs.count, [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
+    option("--batch-sizes", nargs="+", type=count, default=[64, 4, 1], metavar="N", help="examples a step")
+    option("--rates", nargs="+", type=programs.positive, default=rates, metavar="RATE", help="learning rates of SGD")
+    option("--epochs", type=count, default=7, metavar="N", help=f"passes over the {NUM_TRAIN} training examples")
+    option("--seeds", type=count, default=3, metavar="N", help="runs that differ in initial weights and batches")
     option("--methods", nargs="+", default=list(COLORS), choices=list(COLORS), help="what to compare")
-    option("--output", type=Path, default=Path("digits.png"), metavar="PNG", help="picture of the training curves")
+    option("--output", type=programs.file, default="digits.png", metavar="PNG", help="picture of the training curves")
     args = parser.parse_args(argv)
-    if not all(1 <= batch_size <= NUM_TRAIN for batch_size in args.batch_sizes):
+    if max(args.batch_sizes) > NUM_TRAIN:
         parser.error(f"--batch-sizes must lie between 1 and {NUM_TRAIN}, the number of training examples")
-    if not all(0 < rate < float("inf") for rate in args.rates):
-        parser.error("--rates must be positive and finite")
-    if min(args.epochs, args.seeds) < 1:
-        parser.error("--epochs and --seeds must be at least 1")
     if args.output.suffix != ".png" or not args.output.parent.is_dir():
-        parser.error("--output must be a .png file in a directory that exists")
+        parser.error("--output must be a .png file in a folder that exists")
     return args
 
 
@@ -249,19 +243,19 @@ def main(argv: list[str] | None = None) -> Results:
     """Trains everything, prints the table and saves the picture; returns the accuracies."""
     args = parse_args(argv)
     results: Results = {batch_size: {} for batch_size in sorted(args.batch_sizes, reverse=True)}
-    with Progress() as progress:
+    with programs.progress() as progress:
         total = len(args.methods) * args.epochs * sum(NUM_TRAIN // batch_size for batch_size in results)
-        task = progress.add_task("", total=total)
+        task = progress.add_task("", total=total, unit="steps")
         for batch_size, by_method in results.items():
             advance = functools.partial(progress.advance, task, NUM_TRAIN // batch_size)
             for method in args.methods:
                 progress.update(task, description=f"{method}, batch size {batch_size}")
                 by_method[method] = train(method, batch_size, args.rates, args.epochs, args.seeds, advance)
-    rich_print(make_table(results, args.rates))
+    programs.show(make_table(results, args.rates))
     make_figure(results).savefig(args.output, dpi=150)
-    rich_print(f"Training curves: {args.output}")
+    print(f"Training curves: {args.output}")
     return results
 
 
 if __name__ == "__main__":
-    main()
+    programs.start(main)

@@ -10,17 +10,19 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import rich
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import conditioning
+import programs
 import runs
 import tables
 from conditioning import Conditioning
+from programs import UserError
 
 COLORS = {"sgd": "#555555", "bn": "#E69F00", "gn": "#009E73", "bnp": "#0072B2", "bnp+gn": "#56B4E9"}
 TICKS_APART = 0.08  # of the height of a panel, so that no label lies on another
+MOST_COLUMNS = 3  # of panels that can still be read in the width of a page
 LABEL_WIDTH = 1.5  # inches of a legend, about what a method takes
 MARKERS = {"sgd": "s", "bn": "^", "gn": "v", "bnp": "o", "bnp+gn": "D"}
 
@@ -79,6 +81,8 @@ def add_legend(figure: Figure, axes: Sequence[Axes]) -> Figure:
     for panel in axes:
         handles, names = panel.get_legend_handles_labels()
         labels |= dict(zip(names, handles, strict=True))
+    if not labels:
+        return figure
     rows = math.ceil(len(labels) * LABEL_WIDTH / figure.get_figwidth())
     columns = math.ceil(len(labels) / rows)
     figure.legend(list(labels.values()), list(labels), loc="outside upper center", ncols=columns, frameon=False)  # type: ignore[call-overload]
@@ -132,8 +136,9 @@ def by_examples(cells: Sequence[tables.Cell]) -> Figure:
 
 
 def columns_of(cells: Sequence[tables.Cell]) -> int:
-    """Returns how many batch sizes there are: the columns of a grid with a row a data set."""
-    return len({cell.batch_size for cell in cells})
+    """Returns how many batch sizes there are, the columns of a grid with a row a data set; of four half as many."""
+    number = len({cell.batch_size for cell in cells})
+    return number if number <= MOST_COLUMNS else math.ceil(number / 2)
 
 
 def along_training(rows: Sequence[Conditioning]) -> Figure:
@@ -160,11 +165,12 @@ def make(results: Path) -> tuple[dict[str, str], dict[str, Figure]]:
     """Returns the tables and the figures, by name, of the CSV files of a folder.
 
     Raises:
-      ValueError: if the folder holds none of them.
+      UserError: if the folder holds none of them.
     """
     texts: dict[str, str] = {}
     figures: dict[str, Figure] = {}
-    by_experiment = {name: tables.cells(rows) for name in ("e1", "e2") if (rows := runs.read(results / f"{name}.csv"))}
+    all_cells = {name: tables.cells(runs.read(results / f"{name}.csv")) for name in ("e1", "e2")}
+    by_experiment = {name: own for name, own in all_cells.items() if own}  # some of it is done
     for name, own in by_experiment.items():
         texts[name] = tables.accuracy_table(own)
         figures |= {f"{name}_rates": by_rate(own), f"{name}_curves": by_examples(own)}
@@ -190,7 +196,7 @@ def make(results: Path) -> tuple[dict[str, str], dict[str, Figure]]:
         texts["e4"], texts["e4_gains"] = tables.conditioning_table(spectra), tables.conditioning_gains_table(spectra)
         figures["e4"] = along_training(spectra)
     if not texts:
-        raise ValueError(f"{results} holds no CSV file of paper.py; run that first")
+        raise UserError(f"{results} holds no finished CSV file of paper.py or beyond.py; run these first")
     return texts, figures
 
 
@@ -204,17 +210,34 @@ def publish(
       make: returns the tables and the figures of a folder.
       argv: the program's arguments.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--results", type=Path, default=runs.RESULTS, metavar="DIR", help="folder of the CSV files")
+    parser = programs.Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument(
+        "--results", type=programs.folder, default=str(runs.RESULTS), metavar="DIR", help="folder of the CSV files"
+    )
     parser.add_argument("--pages", nargs="*", type=Path, default=[], metavar="MD", help="pages whose tables to fill")
     args = parser.parse_args(argv)
     texts, figures = make(args.results)
+    pages = {page: filled_page(page, texts) for page in args.pages}  # all of them, before anything is written
     for name, figure in figures.items():
         figure.savefig(path := args.results / f"{name}.png", dpi=110)
-        rich.print(f"{path}")
-    for page in args.pages:
-        page.write_text(tables.fill_tables(page.read_text(), texts))
-        rich.print(f"{page}")
+        print(path)
+    for page, text in pages.items():
+        page.write_text(text)
+        print(page)
+
+
+def filled_page(page: Path, texts: dict[str, str]) -> str:
+    """Returns the text of a page with its tables filled.
+
+    Raises:
+      UserError: if they cannot be; names the page.
+    """
+    try:
+        return tables.fill_tables(page.read_text(), texts)
+    except UnicodeDecodeError:
+        raise UserError(f"{page}: no page in Markdown, but a file of other bytes") from None
+    except UserError as error:
+        raise UserError(f"{page}: {error}") from None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -223,4 +246,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    programs.start(main)

@@ -5,16 +5,16 @@ the layers' inputs. Both are timed while the width, the depth or the batch grows
 """
 
 import argparse
-from pathlib import Path
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich
 import rich.progress
 
 import bnp_optax as bnp
+import programs
 import report
 import runs
 import steps
@@ -67,20 +67,22 @@ def measure(seconds: float, sizes: dict[str, list[int]]) -> list[Point]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measures, and writes growth.csv and growth.png."""
-    parser = argparse.ArgumentParser(
+    parser = programs.Parser(
         description="Measures how the time of BNP's parts grows with width, depth and batch.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--seconds", type=float, default=60, help="time for the measurements")
+    parser.add_argument("--seconds", type=programs.between(0, math.inf), default=60, help="time for the measurements")
     parser.add_argument("--quick", action="store_true", help="networks a hundredth of the width")
-    parser.add_argument("--results", type=Path, default=runs.RESULTS, metavar="DIR", help="where the files go")
+    parser.add_argument(
+        "--results", type=programs.folder, default=str(runs.RESULTS), metavar="DIR", help="where the files go"
+    )
     args = parser.parse_args(argv)
     sizes = VARIED | {"width": [3, 10, 30]} if args.quick else VARIED
     points = measure(args.seconds, sizes)
     report.write(args.results / "growth.csv", points)
     report.make_growth_figure(points).savefig(args.results / "growth.png", dpi=110)
-    rich.print(f"{args.results / 'growth.csv'}, {args.results / 'growth.png'}")
+    print(args.results / "growth.csv", args.results / "growth.png", sep=", ")
 
 
 if __name__ == "__main__":
-    main()
+    programs.start(main)

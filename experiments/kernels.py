@@ -21,13 +21,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich
 import rich.progress
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 import language_model
 import models
+import programs
 import report
 import runs
 import steps
@@ -229,14 +229,14 @@ def cells(row: Kernels, rows: Sequence[Kernels]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> list[Kernels]:
     """Compiles the chosen steps, replaces their rows in the CSV file and prints them."""
-    parser = argparse.ArgumentParser(
+    parser = programs.Parser(
         description="Counts the kernels that training steps launch on an H100, without one.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
     option("--networks", nargs="+", choices=list(CASES), default=list(CASES), help="which")
     option("--methods", nargs="+", choices=report.KERNELS_METHODS, default=report.KERNELS_METHODS, help="which")
-    option("--results", type=Path, default=runs.RESULTS, metavar="DIR", help="where kernels.csv goes")
+    option("--results", type=programs.folder, default=str(runs.RESULTS), metavar="DIR", help="where kernels.csv goes")
     args = parser.parse_args(argv)
     device = find_h100()
     for name in rich.progress.track(args.networks, "compiling"):
@@ -244,11 +244,11 @@ def main(argv: list[str] | None = None) -> list[Kernels]:
         rows = report.replace(args.results / "kernels.csv", [measure(name, method, device) for method in methods])
     for case, own in report.by_case(rows):
         lines = [cells(row, own) for row in own]
-        rich.print(report.make_table(case, ("method", "kernels", "bar", "GB", "CPU s to compile"), lines))
+        programs.show(report.make_table(case, ("method", "kernels", "bar", "GB", "CPU s to compile"), lines))
     return rows
 
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # for all that is not compiled for the H100
     jax.config.update("jax_enable_compilation_cache", False)
-    main()
+    programs.start(main)

@@ -10,7 +10,6 @@ The text is what ``help("while")`` and its like print, English with code. It com
 standard library's ``pydoc_data.topics``, so nothing is downloaded; it varies a little between versions of Python.
 """
 
-import argparse
 import dataclasses
 import functools
 import math
@@ -28,6 +27,7 @@ import optax.contrib
 
 import bnp_optax as bnp
 import optimizers
+import programs
 import protocol
 import runs
 import sweeps
@@ -293,6 +293,7 @@ def run(output: Path, quick: bool = False, workers: int = 1) -> list[Outcome]:
             lambda outcome: runs.append_rows(output, [outcome]),
             title=output.stem,
             size=lambda trial: trial.steps,
+            unit="steps",
             workers=workers,
         )
 
@@ -315,11 +316,11 @@ def run(output: Path, quick: bool = False, workers: int = 1) -> list[Outcome]:
 
 def main(argv: list[str] | None = None) -> list[Outcome]:
     """Runs all trainings; returns their outcomes."""
-    parser = argparse.ArgumentParser(description="Trains a small transformer on Python's documentation.")
+    parser = programs.Parser(description="Trains a small transformer on Python's documentation.")
     sweeps.add_options(parser)
     args = parser.parse_args(argv)
     return run(args.results / "e7.csv", args.quick, args.workers)
 
 
 if __name__ == "__main__":
-    main()
+    programs.start(main)

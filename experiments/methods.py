@@ -13,6 +13,7 @@ import comparison
 import instance_enhancement
 import mixture
 import normalizer_free
+import programs
 import psi_sgd
 import quantized
 import sampling
@@ -44,4 +45,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    programs.start(main)

@@ -7,6 +7,7 @@ import functools
 
 import figures
 import methods
+import programs
 import trials
 
 make = functools.partial(trials.report_all, methods.EXPERIMENTS)
@@ -18,4 +19,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    programs.start(main)

@@ -25,6 +25,7 @@ import optax.contrib
 import bnp_optax as bnp
 import images
 import models
+import programs
 import protocol
 import trials
 from bnp_optax import contrib
@@ -329,4 +330,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    programs.start(main)

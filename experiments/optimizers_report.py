@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 import figures
 import language_model
 import optimizers
+import programs
 import protocol
 import runs
 import tables
@@ -192,6 +193,7 @@ def along_training(outcomes: Sequence[language_model.Outcome]) -> Figure:
     cells, styles = language_model.cells(outcomes), {"{}": ":", "BNP({})": "-"}
     networks = list(dict.fromkeys(outcome.network for outcome in outcomes if outcome.seed))
     colors = dict(zip(language_model.OPTIMIZERS, ("#555555", "#E69F00", "#0072B2"), strict=True))
+    markers = dict(zip(language_model.OPTIMIZERS, "s^o", strict=True))
     figure, axes = figures.panels(
         [name for name in networks for _ in range(2)], 2, "validation loss (nats a character)"
     )
@@ -208,7 +210,8 @@ def along_training(outcomes: Sequence[language_model.Outcome]) -> Figure:
             for panel, x, unit in zip(
                 axes[2 * number :], (steps, seconds), ("steps", "seconds of training"), strict=False
             ):
-                panel.plot(x, curves.mean(0), styles[kind], color=colors[name], label=method)
+                line: dict[str, Any] = {"color": colors[name], "marker": markers[name], "markevery": 4, "markersize": 4}
+                panel.plot(x, curves.mean(0), styles[kind], label=method, **line)
                 panel.fill_between(x, curves.min(0), curves.max(0), color=colors[name], alpha=0.2, linewidth=0)
                 panel.set(xlabel=unit)
     for panel in axes:
@@ -222,4 +225,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    programs.start(main)

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import rich
-
 import conditioning
+import programs
 import runs
 import sweeps
 import train
@@ -33,6 +32,7 @@ EXAMPLES, QUICK_EXAMPLES = 51_200, 4_096  # the first is about an epoch of MNIST
 METHODS = ["sgd", "bn", "gn", "bnp", "bnp+gn"]
 GROUP_SIZE = 8  # the best of 4, 8 and 16 in validation, see the experiment "defaults"
 RECIPE_EXAMPLES = 64_000 * 128
+FEWEST_EXAMPLES = 4 * 128  # a batch in each of the four parts of a run
 REFRESHES = [(10, 0.99), (10, 0.9)]  # steps, decay: the default one, and one that forgets about as much in ten steps
 EXPERIMENTS, ON_DEMAND = ("e1", "e2", "e4"), ("defaults", "refresh", "e3")
 
@@ -127,14 +127,15 @@ def with_best_rate(tuning: Sequence[Result], seeds: Sequence[int]) -> list[Run]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = programs.Parser(
         description="Runs the paper's experiments; a run that has its row in the CSV file is not repeated.",
     )
     option = parser.add_argument
-    option("--rates", nargs="+", type=float, metavar="RATE", help="grid of learning rates, if another one than usual")
-    option("--seeds", nargs="+", type=int, metavar="SEED", help=f"of the runs that read the test images ({SEEDS})")
+    rate, seed, count = programs.positive, programs.at_least(TUNING_SEED + 1), programs.at_least(FEWEST_EXAMPLES)
+    option("--rates", nargs="+", type=rate, metavar="RATE", help="grid of learning rates, if another one than usual")
+    option("--seeds", nargs="+", type=seed, metavar="SEED", help=f"of the runs that read the test images ({SEEDS})")
     option(
-        "--examples", type=int, metavar="N", help=f"how many examples a run sees ({EXAMPLES}; e3: {RECIPE_EXAMPLES})"
+        "--examples", type=count, metavar="N", help=f"how many examples a run sees ({EXAMPLES}; e3: {RECIPE_EXAMPLES})"
     )
     args = sweeps.parse(parser, argv, EXPERIMENTS, ON_DEMAND)
     args.seeds = args.seeds or (QUICK_SEEDS if args.quick else SEEDS)
@@ -162,23 +163,23 @@ def main(argv: list[str] | None = None) -> None:
                 conditioning.measure_all(output, args.seeds, conditioning.STEPS[: 3 if args.quick else None])
             case "e3":
                 todo = recipe(args.seeds, examples, args.quick)
-                rich.print(train.forecast(todo, output, args.data_dir))
-                rich.print(train.make_table(sweep(todo)))
+                print(train.forecast(todo, output, args.data_dir))
+                programs.show(train.make_table(sweep(todo)))
             case "defaults":
                 # The start and the options matter most in the first part of a training.
                 convolutional, fully_connected = variants(args.quick)
                 todo = with_rates(convolutional, rates("defaults"), examples // 4)
                 todo += with_rates(fully_connected, rates("defaults"), examples)
-                rich.print(train.make_table(sweep(todo)))
+                programs.show(train.make_table(sweep(todo)))
             case _:
                 tuning = sweep(with_rates(grid(experiment, args.quick), rates(experiment), examples))
-                rich.print(train.make_table(sweep(with_best_rate(tuning, args.seeds))))
+                programs.show(train.make_table(sweep(with_best_rate(tuning, args.seeds))))
     if args.quick:
-        rich.print(
+        print(
             "This short form shows that the programs run, and nothing about the methods: too few examples, too few "
             f"rates, digits that all can read. What was measured is in {runs.RESULTS / 'README.md'}."
         )
 
 
 if __name__ == "__main__":
-    main()
+    programs.start(main)

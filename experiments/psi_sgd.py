@@ -124,7 +124,8 @@ def losses_table(outcomes: Sequence[Outcome]) -> str:
     for method in dict.fromkeys(outcome.method for outcome in outcomes):
         for rate in SHOWN_RATES:
             own = {o.setting: o for o in outcomes if (o.method, o.rate, o.seed) == (method, rate, 0)}
-            cells = ["diverged" if own[each].diverged else f"{own[each].train_loss:.3f}" for each in starts]
+            losses = {each: "diverged" if o.diverged else f"{o.train_loss:.3f}" for each, o in own.items()}
+            cells = [losses.get(each, "") for each in starts]
             lines.append([method, f"{rate:g}", *cells])
     return tables.markdown(["method", "rate", *starts], lines)
 

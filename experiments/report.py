@@ -9,20 +9,26 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from rich import box
 from rich.table import Table
 
 import figures
+import programs
 import runs
 from tables import markdown
 
 METHODS = ("SGD", "BNP, every 10", "BNP", "BNP+GN", "BN", "GN", "LN", "Adam", "BNP(Adam)", "K-FAC", "Muon")
 KERNELS_METHODS = ("SGD", "BN", "BNP, kept", "BNP", "Adam", "BNP(Adam)")
 LARGEST_RATIO = 1.8  # that the picture shows
+GROWTH_STYLES: dict[str, dict[str, Any]] = {
+    "width": {"color": "#0072B2", "marker": "o"},
+    "depth": {"color": "#E69F00", "marker": "^"},
+    "batch": {"color": "#555555", "marker": "s"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +58,15 @@ class Row(Case):
       rounds: how many.
       compile_seconds: once.
       megabytes: arguments, outputs and temporaries of the compiled step, donated buffers once; in 1e6 bytes.
-      memory_ratio: the same by that of SGD.
+      memory_ratio: the same, relative to SGD.
       gigaflops: of a step, as XLA counts them.
       parameters: of the network as SGD trains it.
-      state_ratio: bytes of the optimizer's and the normalization's state beyond SGD's, by those of the parameters.
+      state_ratio: bytes of the optimizer's and the normalization's state beyond SGD's, relative to the parameters'.
       device: the processor, as JAX names it.
       dtype: of activations.
       commit: of the code.
       adam_ratio: as ``ratio``, to Adam.
-      adam_memory_ratio: as ``memory_ratio``, by Adam's.
+      adam_memory_ratio: as ``memory_ratio``, relative to Adam.
     """
 
     milliseconds: float
@@ -184,7 +190,7 @@ def replace(path: Path, rows: Sequence[C]) -> list[C]:
     return runs.read_rows(path, kind)
 
 
-HEADER = ("method", "ms", "by SGD", "quartiles", "by Adam", "MB", "by SGD", "by Adam")
+HEADER = ("method", "ms", "to SGD", "quartiles", "to Adam", "MB", "to SGD", "to Adam")
 
 
 def cells(row: Row) -> list[str]:
@@ -231,7 +237,7 @@ def summary(rows: Sequence[Case], attribute: str, form: str, methods: Sequence[s
 
 
 def adam_table(rows: Sequence[Row]) -> str:
-    """Returns a table in Markdown of what BNP(Adam) takes by what Adam takes."""
+    """Returns a table in Markdown of what BNP(Adam) takes, relative to Adam."""
     own = [(name, row) for name, case in by_case(rows) for row in case if row.method == "BNP(Adam)"]
     lines = [[name, f"{row.adam_ratio:.2f}", f"{row.adam_memory_ratio:.3f}"] for name, row in own]
     return markdown(["network", "time", "memory"], lines)
@@ -262,7 +268,7 @@ def make_figure(rows: Sequence[Row]) -> Figure:
             if row.ratio > LARGEST_RATIO:
                 panel.text(LARGEST_RATIO, place, f"{row.ratio:.3g} ", ha="right", va="center", fontsize=8)
         panel.set_yticks(range(len(shown)), labels=[row.method for row in shown])
-        panel.set(xlabel="time of a step by that of SGD", xlim=(0.8, LARGEST_RATIO))
+        panel.set(xlabel="time of a step relative to SGD", xlim=(0.8, LARGEST_RATIO))
         panel.axvline(1, color="black", linewidth=0.8)
     return figure
 
@@ -271,21 +277,26 @@ def make_growth_figure(points: Sequence[Point]) -> Figure:
     """Draws times against numbers of parameters and activations, beside lines in proportion to them."""
     figure, axes = figures.panels(["preconditioner", "moments"], 2, "time (ms)")
     for panel, x, y in zip(axes, ("parameters", "activations"), ("precondition_ms", "moments_ms"), strict=True):
-        for varied in dict.fromkeys(point.varied for point in points):
+        for varied, style in GROWTH_STYLES.items():
             own = [point for point in points if point.varied == varied]
-            panel.plot([getattr(p, x) for p in own], [getattr(p, y) for p in own], "o-", label=f"growing {varied}")
+            panel.plot([getattr(p, x) for p in own], [getattr(p, y) for p in own], label=f"growing {varied}", **style)
         largest = max(points, key=lambda point: getattr(point, x))
         ends = [min(getattr(point, x) for point in points), getattr(largest, x)]
         panel.plot(ends, [getattr(largest, y) * end / ends[1] for end in ends], "k:", label="in proportion")
         panel.set(xscale="log", yscale="log", xlabel=x)
-        for axis in (panel.xaxis, panel.yaxis):
-            axis.set_minor_formatter(NullFormatter())
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_locator(NullLocator())
     return figures.add_legend(figure, axes)
 
 
 def make(results: Path) -> tuple[dict[str, str], dict[str, Figure]]:
-    """Returns the tables in Markdown and the figures, by name, of the CSV files of a folder."""
+    """Returns the tables in Markdown and the figures, by name, of the CSV files of a folder.
+
+    Raises:
+      UserError: if the folder holds none of them.
+    """
     tables: dict[str, str] = {}
     drawn: dict[str, Figure] = {}
     for path in sorted(results.glob("steps-*.csv")):
@@ -305,8 +316,15 @@ def make(results: Path) -> tuple[dict[str, str], dict[str, Figure]]:
         tables["compilation"] = markdown(COMPILATION_HEADER, [*map(compilation_cells, compilation)])
     if points := runs.read_rows(results / "growth.csv", Point):
         drawn["growth"] = make_growth_figure(points)
+    if not tables and not drawn:
+        raise programs.UserError(f"{results} holds no CSV file of steps.py, compilation.py, growth.py or kernels.py")
     return tables, drawn
 
 
+def main(argv: list[str] | None = None) -> None:
+    """Draws the figures of the benchmarks and fills their tables."""
+    figures.publish("Draws what the benchmarks measured, and writes their tables into pages.", make, argv)
+
+
 if __name__ == "__main__":
-    figures.publish("Draws what the benchmarks measured, and writes their tables into pages.", make)
+    programs.start(main)

@@ -2,14 +2,17 @@
 
 import csv
 import dataclasses
+import io
 import json
 import math
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+
+from programs import UserError
 
 T = TypeVar("T")
 
@@ -46,7 +49,7 @@ class Run:
       init_scale: a factor on the initial kernels of the residual networks.
       decay: of BNP's running statistics.
       prior_examples: the weight of their start; ``None`` for constant decay.
-      scaling: BNP's q2, the name of a rule or a number.
+      scaling: what divides BNP's steps, the name of a rule or a number of examples.
       covers: the layers that BNP preconditions: "all", "hidden" (all but the last) or "convolutions".
       bnp_last: precondition after momentum, not before.
       refresh_every: steps from one batch that BNP's statistics absorb to the next.
@@ -116,15 +119,9 @@ HEADER = [field.name for field in (*RUN_FIELDS, *RESULT_FIELDS)]
 
 def append(path: Path, result: Result) -> None:
     """Adds a row to the file, which it begins with a header if there is none."""
-    is_new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if is_new:
-            writer.writerow(HEADER)
-        cells = [getattr(result.run, field.name) for field in RUN_FIELDS]
-        cells += [getattr(result, field.name) for field in RESULT_FIELDS]
-        writer.writerow([cell if isinstance(cell, str) else json.dumps(cell) for cell in cells])
+    cells = [getattr(result.run, field.name) for field in RUN_FIELDS]
+    cells += [getattr(result, field.name) for field in RESULT_FIELDS]
+    append_cells(path, HEADER, [[cell if isinstance(cell, str) else json.dumps(cell) for cell in cells]])
 
 
 def read(path: Path) -> list[Result]:
@@ -133,25 +130,20 @@ def read(path: Path) -> list[Result]:
     A last line without its end, which a killed program may leave, is cut off the file.
 
     Raises:
-      ValueError: if the file's header or a row is not what :func:`append` writes.
+      UserError: if the file's header or a row is not what :func:`append` writes.
     """
-    if not path.exists():
-        return []
-    whole = whole_lines(path)
-    header, *rows = list(csv.reader(whole.splitlines())) or [[]]
-    if whole and header != HEADER:
-        raise ValueError(f"{path}: its columns are {header}; expected {HEADER}. Move the file away to begin a new one.")
+    types: dict[str, Any] = {f.name: str if f.type is str else json.loads for f in (*RUN_FIELDS, *RESULT_FIELDS)}
     results = []
-    for number, row in enumerate(rows, start=2):
-        if len(row) != len(HEADER):
-            raise ValueError(f"{path}, line {number}: {len(row)} cells; expected {len(HEADER)}")
-        values: dict[str, Any] = {
-            field.name: cell if field.type is str else json.loads(cell)
-            for field, cell in zip((*RUN_FIELDS, *RESULT_FIELDS), row, strict=True)
-        }
+    for values in read_cells(path, types):
         run = Run(**{field.name: values.pop(field.name) for field in RUN_FIELDS})
         results.append(Result(run, **values))
     return results
+
+
+def append_rows(path: Path, rows: Sequence[Any]) -> None:
+    """Adds dataclasses of one kind to a plain CSV file, which it begins with a header if there is none."""
+    header = [field.name for field in dataclasses.fields(rows[0])]
+    append_cells(path, header, [list(dataclasses.asdict(row).values()) for row in rows])
 
 
 def read_rows(path: Path, kind: type[T]) -> list[T]:
@@ -160,42 +152,62 @@ def read_rows(path: Path, kind: type[T]) -> list[T]:
     A last line without its end is cut off, as :func:`read` does.
 
     Raises:
-      ValueError: if the file has other columns.
+      UserError: if the file has other columns, or a row that does not fill them.
+    """
+    types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return [kind(**values) for values in read_cells(path, types)]
+
+
+def append_cells(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Adds rows to a CSV file all at once, so that Ctrl-C leaves none or all of them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        lines = io.StringIO()
+        csv.writer(lines, lineterminator="\n").writerows(rows if file.tell() else [header, *rows])
+        file.write(lines.getvalue())
+
+
+def read_cells(path: Path, types: Mapping[str, Callable[[str], Any]]) -> list[dict[str, Any]]:
+    """Reads the rows of a CSV file whose columns have these names and types; cuts off a last line without its end.
+
+    Raises:
+      UserError: if it is another file, which is then left as it is.
     """
     if not path.exists():
         return []
-    types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    rows = csv.DictReader(whole_lines(path).splitlines())
-    if rows.fieldnames is not None and list(rows.fieldnames) != list(types):
-        raise ValueError(
-            f"{path}: its columns are {rows.fieldnames}; expected {list(types)}. Move the file away to begin a new one."
+    try:
+        text = path.read_text()
+        whole = text[: text.rfind("\n") + 1]
+        header, *rows = list(csv.reader(whole.splitlines())) or [[]]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is no CSV file: {error}") from error
+    if header != list(types) and not ",".join(types).startswith(text):
+        lacking = [name for name in types if name not in header]
+        what = f"it has no column {lacking[0]!r}" if lacking else f"its columns are {', '.join(header)}"
+        raise UserError(f"{path} is no CSV file of this program and version: {what}. Move it away or name another.")
+    if whole != text:
+        path.write_text(whole)
+    return [convert(row, types, f"{path}, line {number}") for number, row in enumerate(rows, start=2)]
+
+
+def convert(row: Sequence[str], types: Mapping[str, Callable[[str], Any]], where: str) -> dict[str, Any]:
+    """Returns the values of a row, by the names of their columns."""
+    if len(row) != len(types):
+        raise UserError(
+            f"{where}: {len(row)} cells; expected {len(types)}. Remove the line to have its work done again."
         )
-    return [kind(**{name: types[name](cell) for name, cell in row.items()}) for row in rows]
-
-
-def append_rows(path: Path, rows: Sequence[Any]) -> None:
-    """Adds dataclasses of one kind to a plain CSV file, which it begins with a header if there is none."""
-    is_new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(rows[0])], lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(map(dataclasses.asdict, rows))
+    values = {}
+    for cell, (name, kind) in zip(row, types.items(), strict=True):
+        try:
+            values[name] = kind(cell)
+        except ValueError as error:
+            raise UserError(f"{where}: {cell!r} is no {name}. Remove the line to have its work done again.") from error
+    return values
 
 
 def part(row: Any, kind: type[T]) -> T:
     """Returns what a dataclass has of one of its bases, as one of that kind."""
     return kind(**{field.name: getattr(row, field.name) for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
-
-
-def whole_lines(path: Path) -> str:
-    """Returns the text of a file, and cuts off it a last line without its end, which a killed program may leave."""
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole)
-    return whole
 
 
 def best_rate(results: Iterable[Result]) -> float:

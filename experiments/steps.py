@@ -1,16 +1,16 @@
 """Measures the training step of BNP, the normalization layers and other optimizers against that of SGD, in one run.
 
 All methods of a network are compiled first and then take turns, in a new order every round, so that a machine that
-slows down slows them all. What is compared are ratios: the time of a method by that of SGD in the same round, and the
-median of these over the rounds; by that of Adam too. Every case is a few rows of a CSV file; ``report.py`` draws it.
+slows down slows them all. What is compared are ratios: the time of a method relative to SGD in the same round, and the
+median of these over the rounds; relative to Adam too. Every case is a few rows of a CSV file; ``report.py`` draws it.
 """
 
 import argparse
 import functools
 import importlib.util
+import math
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import rich
 import rich.progress
 
 import bnp_optax as bnp
 import language_model
 import models
+import programs
 import report
 import runs
 from report import Row
@@ -320,18 +320,26 @@ def bytes_beside_parameters(contender: Contender) -> int:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = programs.Parser(
         description="Measures training steps of several methods in turn, and writes a CSV file, a table and a picture.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    option = parser.add_argument
+    option, count = parser.add_argument, programs.count
     option("--device", default="cpu", choices=list(CASES), help="sizes and dtype (gpu: bfloat16 activations)")
     option("--networks", nargs="+", choices=list(NETWORKS), help="default: those of the device")
     methods = [*METHODS, KFAC] if importlib.util.find_spec("kfac_jax") else list(METHODS)
     option("--methods", nargs="+", choices=methods, default=methods, help="SGD is always among them")
-    option("--batch-sizes", nargs="+", type=int, metavar="N", help="default: those of the device and network")
-    option("--seconds", type=float, default=60, help="time for the measured steps of a network at a batch size")
-    option("--results", type=Path, default=runs.RESULTS, metavar="DIR", help="where steps-DEVICE.csv and .png go")
+    option("--batch-sizes", nargs="+", type=count, metavar="N", help="default: those of the device and network")
+    option(
+        "--seconds",
+        type=programs.between(0, math.inf),
+        default=60,
+        help="time for the measured steps of a network at a batch size",
+    )
+    folder = programs.folder
+    option(
+        "--results", type=folder, default=str(runs.RESULTS), metavar="DIR", help="where steps-DEVICE.csv and .png go"
+    )
     args = parser.parse_args(argv)
     args.methods = list(dict.fromkeys(["SGD", *args.methods]))
     if args.device == "gpu" and jax.default_backend() == "cpu":
@@ -348,10 +356,10 @@ def main(argv: list[str] | None = None) -> list[Row]:
         for batch_size in args.batch_sizes or cases.get(name, [32]):
             rows = report.replace(output, measure(name, batch_size, args.methods, args.seconds, dtype))
     for case, own in report.by_case(rows):
-        rich.print(report.make_table(case, report.HEADER, [*map(report.cells, own)]))
+        programs.show(report.make_table(case, report.HEADER, [*map(report.cells, own)]))
     report.make_figure(rows).savefig(output.with_suffix(".png"), dpi=110)
     return rows
 
 
 if __name__ == "__main__":
-    main()
+    programs.start(main)

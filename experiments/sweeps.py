@@ -5,15 +5,17 @@ import concurrent.futures
 import functools
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-import rich.progress
 
+import programs
 import runs
 
 K = TypeVar("K", bound=Hashable)
@@ -23,18 +25,10 @@ R = TypeVar("R")
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that all programs with sweeps have in common."""
     option, cpu = parser.add_argument, jax.default_backend() == "cpu"
-    option("--results", type=Path, default=runs.RESULTS, metavar="DIR", help="folder of the CSV files")
+    option("--results", type=programs.folder, default=str(runs.RESULTS), metavar="DIR", help="folder of the CSV files")
     option("--quick", action="store_true", help="a short form, on data that need no download")
-    option(
-        "--workers", type=at_least_1, default=os.cpu_count() if cpu else 1, metavar="N", help="processes (one a core)"
-    )
-
-
-def at_least_1(text: str) -> int:
-    """Returns an argument that is a number of things."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
+    workers = os.cpu_count() if cpu else 1
+    option("--workers", type=programs.count, default=workers, metavar="N", help="processes (one a core)")
 
 
 def parse(
@@ -58,8 +52,9 @@ def parse(
     option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets' files (data)")
     add_options(parser)
     args = parser.parse_args(argv)
-    if unknown := set(args.experiments) - set(all_names):
-        parser.error(f"no experiment {', '.join(sorted(unknown))}; there are {', '.join(all_names)}")
+    for name in args.experiments:
+        if name not in all_names:
+            parser.error(programs.unknown("experiment", name, all_names))
     return args
 
 
@@ -70,7 +65,8 @@ def sweep(
     save: Callable[[R], None],
     *,
     title: str,
-    size: Callable[[K], int],
+    size: Callable[[K], int] = lambda item: 1,
+    unit: str = "trainings",
     workers: int = 1,
 ) -> list[R]:
     """Does what is not done yet.
@@ -83,35 +79,56 @@ def sweep(
       save: called with every new result.
       title: of the progress bar.
       size: how large one of ``todo`` is.
+      unit: of these sizes, by which the progress bar tells the rate.
       workers: processes that share the cores; a CPU does small steps faster on one core each.
 
     Returns:
       The results of ``todo``, in its order.
+
+    Raises:
+      KeyboardInterrupt: after Ctrl-C, with a message of how much is done.
+      UserError: if the system has killed a worker.
     """
     left = [item for item in todo if item not in done]
-    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.TimeElapsedColumn())
-    with rich.progress.Progress(*columns) as progress:
-        task = progress.add_task(title, total=sum(map(size, todo)))
-        progress.advance(task, sum(size(item) for item in todo if item in done))
+    try:
+        with programs.progress() as progress:
+            task = progress.add_task(title, total=sum(map(size, todo)), unit=unit)
+            progress.advance(task, sum(size(item) for item in todo if item in done))
 
-        def add(item: K, result: R) -> None:
-            save(result)
-            done[item] = result
+            def add(item: K, result: R) -> None:
+                save(result)
+                done[item] = result
+                progress.update(task, completed=sum(size(item) for item in todo if item in done))
 
-        if workers == 1:
-            for item in left:
-                add(item, work(item, advance=functools.partial(progress.advance, task)))
-        else:
-            with worker_pool(workers) as pool:
-                futures = {pool.submit(work, item): item for item in left}
-                try:
-                    for future in concurrent.futures.as_completed(futures):
-                        add(item := futures[future], future.result())
-                        progress.advance(task, size(item))
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
+            if workers == 1:
+                for item in left:
+                    add(item, work(item, advance=functools.partial(progress.advance, task)))
+            elif left:
+                by_workers(left, work, workers, add)
+    except KeyboardInterrupt:
+        number = sum(item in done for item in todo)
+        raise KeyboardInterrupt(f"{title}: {number} of {len(todo)} trainings are done and saved.") from None
     return [done[item] for item in todo]
+
+
+def by_workers(todo: Sequence[K], work: Callable[[K], R], workers: int, add: Callable[[K, R], None]) -> None:
+    """Hands everything to processes, and its result to ``add`` as soon as there is one."""
+    with worker_pool(workers) as pool:
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is for this process alone
+        futures = {pool.submit(work, item): item for item in todo}
+        signal.signal(signal.SIGINT, handler)
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                add(futures[future], future.result())
+        except BaseException as error:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise programs.UserError(
+                    "A worker was killed, as happens where memory does not suffice; what was done is saved. "
+                    "Call the program again, with fewer --workers."
+                ) from None
+            raise
 
 
 def worker_pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:

@@ -11,12 +11,20 @@ from typing import NamedTuple
 
 import numpy as np
 
+import programs
 import runs
 from conditioning import Conditioning
+from programs import UserError
 from runs import Result, Run
 
 NAMES = {"sgd": "SGD", "bn": "BN", "gn": "GN", "bnp": "BNP", "bnp+gn": "BNP+GN"}
-DATA_NAMES = {"digits": "digits", "mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar-10": "CIFAR-10"}
+DATA_NAMES = {
+    "digits": "digits",
+    "digits-1024": "1,024 digits",
+    "mnist": "MNIST",
+    "fashion-mnist": "Fashion-MNIST",
+    "cifar-10": "CIFAR-10",
+}
 MODEL_NAMES = {"mlp": "fully connected 3x100", "cnn": "5-layer CNN", "tutorial": "Flax's tutorial CNN"}
 CHANCE = 10.0  # percent
 
@@ -53,10 +61,10 @@ def cells(results: Sequence[Result]) -> list[Cell]:
     A cell whose runs at the best rate are still to come is left out.
 
     Raises:
-      ValueError: if the rows saw different numbers of examples.
+      UserError: if the rows saw different numbers of examples.
     """
     if len(budgets := {result.run.examples for result in results}) > 1:
-        raise ValueError(f"runs of different lengths cannot be compared: {sorted(budgets)} examples")
+        raise UserError(f"runs of different lengths cannot be compared: {sorted(budgets)} examples")
     keys = dict.fromkeys((r.run.data, r.run.model, r.run.batch_size, r.run.method) for r in results)
     grouped = []
     for data, model, batch_size, method in keys:
@@ -221,7 +229,7 @@ def recipe_table(results: Sequence[Result]) -> str:
 def conditioning_table(rows: Sequence[Conditioning]) -> str:
     """Returns medians over the seeds at the last step."""
     last = max(row.step for row in rows)
-    kinds = dict.fromkeys((row.layer, row.method, row.matrix) for row in rows)
+    kinds = dict.fromkeys((row.layer, row.method, row.matrix) for row in rows if row.step == last)
     lines = []
     for layer, method, matrix in sorted(kinds):
         own = [row for row in rows if (row.layer, row.method, row.matrix, row.step) == (layer, method, matrix, last)]
@@ -239,6 +247,8 @@ def conditioning_gains_table(rows: Sequence[Conditioning]) -> str:
     for layer in dict.fromkeys(row.layer for row in rows):
         own = [row for row in rows if (row.layer, row.method) == (layer, "bnp") and row.step > 0]
         h, php = ({(row.seed, row.step): row for row in own if row.matrix == matrix} for matrix in ("H", "P'HP"))
+        if not php:  # they are still to come
+            continue
         cells = [layer]
         for number in ("condition_number", "quartile_ratio"):
             gains = [getattr(h[where], number) / getattr(php[where], number) for where in php]
@@ -251,12 +261,19 @@ def fill_tables(page: str, tables: dict[str, str]) -> str:
     """Returns a page with the tables between its comments replaced.
 
     Raises:
-      ValueError: if a page asks for a table that there is not.
+      UserError: if a page has no such comments, or not in pairs, or asks for a table that there is not.
     """
+    begins = page.count("<!-- table: ")
+    if not begins:
+        raise UserError("no line <!-- table: NAME --> and <!-- end --> says where a table goes")
 
     def replacement(match: re.Match[str]) -> str:
         if (name := match[1]) not in tables:
-            raise ValueError(f"no table {name!r}; there are {', '.join(tables)}")
+            raise UserError(programs.unknown("table", name, list(tables)))
         return f"<!-- table: {name} -->\n\n{tables[name]}\n\n<!-- end -->"
 
-    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", replacement, page, flags=re.DOTALL)
+    table = r"<!-- table: (\S+) -->\n(?:(?!<!-- table: ).)*?<!-- end -->"
+    filled, number = re.subn(table, replacement, page, flags=re.DOTALL)
+    if number != begins:
+        raise UserError("a line <!-- table: NAME --> has no line <!-- end --> before the next table")
+    return filled

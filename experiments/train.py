@@ -26,13 +26,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-import rich
 from rich import box
 from rich.table import Table
 
 import bnp_optax as bnp
 import images
 import models
+import programs
 import runs
 import sweeps
 from runs import Result, Run
@@ -52,7 +52,7 @@ class State(NamedTuple):
     loss_sum: jax.Array  # over the steps since the last evaluation
 
 
-def make_model(run: Run) -> nn.Module:
+def make_model(run: Run) -> models.MLP | models.CNN | models.ResNet:
     """Returns the network of a run."""
     normalization: models.Normalization = "bn" if run.method == "bn" else "gn" if run.method.endswith("gn") else "none"
     match run.model:
@@ -277,6 +277,7 @@ def sweep(todo: Sequence[Run], output: Path, data_dir: Path, workers: int = 1) -
         functools.partial(runs.append, output),
         title=output.stem,
         size=lambda run: run.examples,
+        unit="examples",
         workers=workers,
     )
 
@@ -296,45 +297,57 @@ def make_table(results: Sequence[Result]) -> Table:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = programs.Parser(
         description="Trains image classifiers; every run becomes a row of a CSV file, and is not repeated.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option, default = parser.add_argument, {field.name: field.default for field in runs.RUN_FIELDS}
+    count, rate, part, weight = programs.count, programs.positive, programs.between(0, 1), programs.between(0, math.inf)
     option("--data", default="digits", choices=images.SOURCES, help="set of images")
     option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the sets' files")
     option("--model", default="mlp", choices=MODELS, help="network")
     option("--method", nargs="+", default=["bnp"], choices=runs.METHODS, help="how it is trained")
-    option("--batch-size", nargs="+", type=int, default=[32], metavar="N", help="examples a step")
-    option("--lr", nargs="+", type=float, default=[0.1], metavar="RATE", help="learning rates")
-    option("--seed", nargs="+", type=int, default=[0], metavar="SEED", help="of initial weights and batches")
-    option("--examples", type=int, default=50_000, metavar="N", help="how many examples a run sees")
+    option("--batch-size", nargs="+", type=count, default=[32], metavar="N", help="examples a step")
+    option("--lr", nargs="+", type=rate, default=[0.1], metavar="RATE", help="learning rates")
+    seed = programs.at_least(0)
+    option("--seed", nargs="+", type=seed, default=[0], metavar="SEED", help="of initial weights and batches")
+    option("--examples", type=count, default=50_000, metavar="N", help="how many examples a run sees")
     option("--optimizer", default="sgd", choices=runs.OPTIMIZERS)
     option("--bound", default="none", choices=runs.BOUNDS, help="of the steps, relative to what they change")
-    option("--momentum", type=float, default=0.0, help="of SGD")
-    option("--weight-decay", type=float, default=0.0)
+    option("--momentum", type=part, default=0.0, help="of SGD")
+    option("--weight-decay", type=weight, default=0.0)
     option("--schedule", default="constant", choices=("constant", "steps"), help="steps: warm-up, two drops")
     option("--augment", action="store_true", help="shift and mirror the training images")
-    option("--group-size", type=int, default=default["group_size"], metavar="N", help="channels a group (gn)")
-    option("--init-scale", type=float, default=1.0, help="factor on the residual networks' initial kernels")
-    option("--decay", type=float, default=default["decay"], help="of BNP's running statistics")
-    option("--prior-examples", type=float, default=default["prior_examples"], metavar="N", help="weight of their start")
-    option("--scaling", default=default["scaling"], metavar="RULE", help="of BNP's q2, or a number of examples")
+    option("--group-size", type=count, default=default["group_size"], metavar="N", help="channels a group (gn)")
+    option("--init-scale", type=rate, default=1.0, help="factor on the residual networks' initial kernels")
+    option("--decay", type=part, default=default["decay"], help="of BNP's running statistics")
+    option(
+        "--prior-examples", type=weight, default=default["prior_examples"], metavar="N", help="weight of their start"
+    )
+    scaling = "what divides BNP's steps: examples, none, or the number of examples from which on they are whole"
+    option("--scaling", type=scaling_rule, default=default["scaling"], metavar="RULE", help=scaling)
     option("--covers", default="all", choices=("all", "hidden", "convolutions"), help="BNP's layers")
     option("--bnp-last", action="store_true", help="precondition after momentum, not before")
-    option("--refresh-every", type=int, default=1, metavar="N", help="steps between refreshes of BNP's statistics")
+    option("--refresh-every", type=count, default=1, metavar="N", help="steps between refreshes of BNP's statistics")
     option("--test", action="store_true", help="classify the test images at the end")
-    option("--workers", type=int, default=1, metavar="N", help="processes that share the cores")
-    option("--output", type=Path, default=Path("runs.csv"), metavar="CSV", help="file that rows are added to")
+    option("--workers", type=count, default=1, metavar="N", help="processes that share the cores")
+    option("--output", type=programs.file, default="runs.csv", metavar="CSV", help="file that rows are added to")
     args = parser.parse_args(argv)
-    if not all(1 <= size <= args.examples for size in args.batch_size):
+    if max(args.batch_size) > args.examples:
         parser.error("--batch-size must lie between 1 and --examples")
-    if not all(0 < rate < math.inf for rate in args.lr):
-        parser.error("--lr must be positive and finite")
-    for name in ("workers", "refresh_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.optimizer != "sgd" and (before := [name for name in args.method if name.startswith("bnp")]):
+        parser.error(f"--method {before[0]} is BNP before SGD; with --optimizer {args.optimizer} name preconditioned")
     return args
+
+
+def scaling_rule(text: str) -> str:
+    """Returns an argument that is a rule of BNP's scale, or a number of examples."""
+    if text not in ("examples", "none"):
+        try:
+            programs.positive(text)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"must be examples, none or a positive number, not {text!r}") from error
+    return text
 
 
 def main(argv: list[str] | None = None) -> list[Result]:
@@ -345,9 +358,24 @@ def main(argv: list[str] | None = None) -> list[Result]:
         Run(args.data, args.model, method, size, rate, seed, args.examples, reads_test=args.test, **shared)
         for method, size, rate, seed in itertools.product(args.method, args.batch_size, args.lr, args.seed)
     ]
+    for run in todo:
+        check_groups(run)
     results = sweep(todo, args.output, args.data_dir, args.workers)
-    rich.print(make_table(results))
+    programs.show(make_table(results))
     return results
+
+
+def check_groups(run: Run) -> None:
+    """Refuses groups of channels into which a network's layers cannot be cut.
+
+    Raises:
+      UserError: if the size of a group does not divide a width.
+    """
+    model = make_model(run)
+    widths = (model.width,) if isinstance(model, models.ResNet) else model.widths
+    for width in widths if run.method.endswith("gn") else ():
+        if width % run.group_size:
+            raise programs.UserError(f"--group-size {run.group_size} does not divide the {width} units of a layer")
 
 
 def default_names() -> list[str]:
@@ -355,4 +383,4 @@ def default_names() -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    programs.start(main)

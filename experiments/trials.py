@@ -5,7 +5,6 @@ validation images choose a rate; runs with the other seeds at that rate alone re
 refine the grid around each method's best rate before, all by one rule.
 """
 
-import argparse
 import dataclasses
 import functools
 import math
@@ -19,14 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import rich
 from matplotlib.figure import Figure
 
 import bnp_optax as bnp
 import images
+import programs
 import protocol
 import runs
 import sweeps
+from programs import UserError
 from protocol import Outcome, Trial
 
 SEEDS, QUICK_SEEDS = (1, 2, 3), (1,)
@@ -228,6 +228,7 @@ def run(experiment: Experiment, output: Path, data_dir: Path, quick: bool = Fals
             lambda outcome: runs.append_rows(output, [outcome]),
             title=output.stem,
             size=lambda trial: trial.steps,
+            unit="steps",
             workers=workers,
         )
 
@@ -256,7 +257,7 @@ def report_all(experiments: Mapping[str, Experiment], results: Path) -> Report:
     """Returns the tables and the figures of all experiments that have a CSV file in the folder.
 
     Raises:
-      ValueError: if none has.
+      UserError: if none has.
     """
     texts: dict[str, str] = {}
     drawn: dict[str, Figure] = {}
@@ -266,7 +267,8 @@ def report_all(experiments: Mapping[str, Experiment], results: Path) -> Report:
             texts |= own_texts
             drawn |= own_figures
     if not texts:
-        raise ValueError(f"{results} holds none of {', '.join(f'{name}.csv' for name in experiments)}")
+        names = ", ".join(f"{name}.csv" for name in experiments)
+        raise UserError(f"{results} holds no finished experiment: none of {names}")
     return texts, drawn
 
 
@@ -278,8 +280,8 @@ def main(description: str, experiments: Mapping[str, Experiment], argv: list[str
       experiments: by name, which is also that of their CSV files.
       argv: the program's arguments.
     """
-    args = sweeps.parse(argparse.ArgumentParser(description=description), argv, experiments)
+    args = sweeps.parse(programs.Parser(description=description), argv, experiments)
     for name in args.experiments:
         outcomes = run(experiments[name], args.results / f"{name}.csv", args.data_dir, args.quick, args.workers)
         for title, table in report(experiments[name], outcomes, args.results)[0].items():
-            rich.print(f"\n{title}\n\n{table}")
+            print(f"\n{title}\n\n{table}")

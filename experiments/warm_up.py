@@ -148,6 +148,8 @@ def high_rates_table(outcomes: Sequence[Outcome]) -> str:
     for rate in sorted({outcome.rate for outcome in outcomes})[-NUM_HIGHEST:]:
         for (_, name, _, method), cell in protocol.by_cell(outcomes).items():
             own = [outcome for outcome in cell if outcome.rate == rate and outcome.seed]
+            if not own:  # they are still to come
+                continue
             tests = np.array([tables.CHANCE if outcome.diverged else outcome.test_accuracy for outcome in own])
             losses, spreads = (np.array([getattr(o, field) for o in own]) for field in ("train_loss", "measure"))
             cells = [f"{tests.mean():.1f}", tables.range_text(tests), f"{losses.mean():.3f}"]

@@ -23,11 +23,11 @@ def test_digits(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--epochs", "0"], "--epochs and --seeds must be at least 1"),
-        (["--rates", "-1"], "--rates must be positive"),
+        (["--epochs", "0"], "argument --epochs: must be a whole number of at least 1"),
+        (["--rates", "-1"], "argument --rates: must be a number greater than 0"),
         (["--batch-sizes", "2000"], "--batch-sizes must lie between 1 and 1024"),
         (["--methods", "Muon"], "invalid choice: 'Muon'"),
-        (["--output", "missing/digits.png"], "--output must be a .png file in a directory that exists"),
+        (["--output", "missing/digits.png"], "--output must be a .png file in a folder that exists"),
     ],
 )
 def test_bad_options_are_refused(arguments, message, capsys):

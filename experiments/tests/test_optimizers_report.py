@@ -101,5 +101,5 @@ def test_the_language_model_is_judged_by_steps_and_by_time(tmp_path):
 
 
 def test_a_folder_without_results_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"holds none of e8_defaults\.csv, e8\.csv"):
+    with pytest.raises(ValueError, match=r"holds no finished experiment: none of e8_defaults\.csv, e8\.csv"):
         optimizers_report.make(tmp_path)

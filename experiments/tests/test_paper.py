@@ -13,6 +13,7 @@ import figures
 import paper
 import runs
 import tables
+from programs import UserError
 
 
 def test_the_protocol():
@@ -92,9 +93,10 @@ def test_condition_numbers_in_a_short_form(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["e9"], "no experiment e9; there are e1, e2"),
-        (["e1", "--seeds", "x"], "invalid int"),
+        (["e9"], "no experiment 'e9'; there are e1, e2"),
+        (["e1", "--seeds", "x"], "must be a whole number of at least 1, not 'x'"),
         (["--workers", "0"], "at least 1"),
+        (["--examples", "511"], "at least 512"),
     ],
 )
 def test_bad_experiments_are_refused(arguments, message, capsys):
@@ -104,10 +106,28 @@ def test_bad_experiments_are_refused(arguments, message, capsys):
 
 
 def test_figures_need_results(tmp_path):
-    with pytest.raises(ValueError, match="holds no CSV file"):
+    with pytest.raises(UserError, match="holds no finished CSV file"):
         figures.make(tmp_path)
-    with pytest.raises(ValueError, match="no table 'e7'"):
-        tables.fill_tables("<!-- table: e7 -->\n<!-- end -->", {"e1": ""})
-    with pytest.raises(ValueError, match="runs of different lengths"):
+    with pytest.raises(UserError, match="runs of different lengths"):
         tables.cells([make_result(0.1, 90.0), make_result(0.1, 90.0, examples=640)])
     assert tables.cells([make_result(0.1, 90.0)]) == []  # its runs at the best rate are still to come
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("<!-- table: e1 -->\n<!-- end -->", "no table 'e1'; there are e4, e4_gains"),
+        ("data,model\nmnist,mlp\n", "no line <!-- table: NAME -->"),
+        ("<!-- table: e4 -->\n<!-- table: e4_gains -->\n<!-- end -->", ".* has no line <!-- end --> before the next"),
+        (b"\x89PNG\r\n", "no page in Markdown"),
+    ],
+)
+def test_pages_that_cannot_be_filled_stay_as_they_are(page, message, tmp_path):
+    paths = [tmp_path / "good.md", tmp_path / "bad.md"]
+    contents = [b"<!-- table: e4 -->\n<!-- end -->", page if isinstance(page, bytes) else page.encode()]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    made = {"e4": "one", "e4_gains": "two"}, {}
+    with pytest.raises(UserError, match=f"bad.md: {message}"):
+        figures.publish("", lambda results: made, ["--results", str(tmp_path), "--pages", *map(str, paths)])
+    assert [path.read_bytes() for path in paths] == contents

@@ -8,6 +8,7 @@ import pytest
 from rows import make_result
 
 import runs
+from programs import UserError
 
 
 def test_rows_come_back_as_they_were(tmp_path):
@@ -38,12 +39,32 @@ def test_half_a_row_is_cut_off(tmp_path):
 
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "runs.csv"
-    path.write_text("name,value\n")
-    with pytest.raises(ValueError, match="its columns are"):
+    for content, message in (
+        (b"name,value\n", "no CSV file of this program and version: it has no column 'data'"),
+        (b"a page, and its last line without an end", "it has no column 'data'"),
+        (f"{','.join(runs.HEADER[:-1])}\n".encode(), "it has no column 'test_accuracy'"),
+        (f"{','.join(runs.HEADER)},more\n".encode(), "its columns are data,.*, more"),
+        (b"\x89PNG\r\n", "no CSV file: 'utf-8' codec"),
+        (f"{','.join(runs.HEADER)}\n1,2\n".encode(), r"line 2: 2 cells; expected 30\. Remove the line"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            runs.read(path)
+        assert path.read_bytes() == content  # whatever it is, it is somebody's
+    path.unlink()
+    runs.append(path, make_result(0.1, 90.0))
+    path.write_text(path.read_text().replace(",0.1,", ",a tenth,", 1))
+    with pytest.raises(UserError, match=r"line 2: 'a tenth' is no rate\. Remove the line"):
         runs.read(path)
-    path.write_text(",".join(runs.HEADER) + "\n1,2\n")
-    with pytest.raises(ValueError, match="line 2: 2 cells; expected"):
-        runs.read(path)
+
+
+@pytest.mark.parametrize("left", ["", "data,mod", ",".join(runs.HEADER)])
+def test_a_file_without_rows_is_begun_anew(tmp_path, left):
+    path, row = tmp_path / "runs.csv", make_result(0.1, 90.0, reads_test=True)
+    path.write_text(left)
+    assert runs.read(path) == []
+    runs.append(path, row)
+    assert runs.read(path) == [row]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +80,12 @@ def test_plain_rows_are_read_alike(tmp_path):
     assert runs.read_rows(path, Row) == [Row("a", 1.5)]
     assert path.read_text() == "name,value\na,1.5\n"
     path.write_text("name,number\na,1.5\n")
-    with pytest.raises(ValueError, match=r"its columns are \['name', 'number'\]; expected \['name', 'value'\]"):
+    with pytest.raises(UserError, match="it has no column 'value'"):
         runs.read_rows(path, Row)
+    for line, message in (("a", "1 cells; expected 2"), ("a,1,2", "3 cells; expected 2"), ("a,b", "'b' is no value")):
+        path.write_text(f"name,value\nb,1\n{line}\n")
+        with pytest.raises(UserError, match=f"line 3: {message}"):
+            runs.read_rows(path, Row)
 
 
 @pytest.mark.parametrize(

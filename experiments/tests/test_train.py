@@ -16,6 +16,7 @@ import images
 import models
 import runs
 import train
+from programs import UserError
 from runs import Run
 
 
@@ -158,16 +159,25 @@ def test_workers_do_what_one_process_does(tmp_path):
     ("arguments", "message"),
     [
         (["--batch-size", "100", "--examples", "64"], "--batch-size must lie between 1 and --examples"),
-        (["--lr", "0"], "--lr must be positive"),
-        (["--workers", "0"], "--workers must be at least 1"),
-        (["--refresh-every", "0"], "--refresh-every must be at least 1"),
+        (["--lr", "0"], "argument --lr: must be a number greater than 0"),
+        (["--workers", "0"], "argument --workers: must be a whole number of at least 1"),
+        (["--refresh-every", "0"], "argument --refresh-every: must be a whole number of at least 1"),
         (["--method", "adam"], "invalid choice: 'adam'"),
+        (["--scaling", "rows"], "argument --scaling: must be examples, none or a positive number, not 'rows'"),
+        (["--scaling", "0"], "argument --scaling: must be examples, none or a positive number, not '0'"),
+        (["--optimizer", "adam", "--method", "bnp"], "--method bnp is BNP before SGD"),
     ],
 )
 def test_bad_options_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
         train.main(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("model", "size", "width"), [("mlp", 3, 100), ("cnn", 3, 32), ("resnet18", 3, 64)])
+def test_groups_divide_the_layers(model, size, width):
+    with pytest.raises(UserError, match=f"--group-size {size} does not divide the {width} units of a layer"):
+        train.main(["--model", model, "--method", "gn", "--group-size", str(size)])
 
 
 def test_the_recipe_of_the_deep_residual_network():
