@@ -7,6 +7,7 @@
 * ``e10``: one epoch of a second set of images.
 * ``e11``: one epoch in large batches.
 * ``e3_resnet20``: a residual network of 20 layers, five epochs of augmented images at a falling rate.
+* ``migration``: coming from BN, on a few digits, see ``migration.py``.
 
 ``optimizers_report.py`` draws the figures and writes the tables of what comes out.
 """
@@ -24,6 +25,7 @@ import optax.contrib
 
 import bnp_optax as bnp
 import images
+import migration
 import models
 import programs
 import protocol
@@ -321,6 +323,7 @@ EXPERIMENTS: dict[str, trials.Experiment] = {
     "e10": experiment("e10", ["5-layer CNN, gray images"]),
     "e11": experiment("e11", ["5-layer CNN, large batches"]),
     "e3_resnet20": experiment("e3_resnet20", ["ResNet-20, five epochs"], seeds=(1,), refined=False),
+    "migration": migration.EXPERIMENT,
 }
 
 
