@@ -86,10 +86,10 @@ def scale_by_bnp(
       eps: eps2, absolute damping.
       variance: ``"mixture"`` is the exact variance of the weighted mixture of batches, right at
         every batch size; ``"batch"`` is the paper's average of batch variances.
-      scaling: the rule of q2, the square of the q above, which divides a layer's step. With a number C
-        and a batch of N examples it is max(C/N, 1): below C examples steps are in proportion to their
-        batch, so that one learning rate serves batches of any size. ``"examples"`` is the paper's
-        max(F/N, 1) for F inputs a unit, which slows wide layers down; ``"none"`` is 1.
+      scaling: the rule of q2 = q ** 2, which divides a layer's step. With a number C and a batch of N
+        examples it is max(C/N, 1): below C examples steps are in proportion to their batch, so that one
+        learning rate serves batches of any size. ``"examples"`` is the paper's max(F/N, 1) for F
+        inputs a unit, which slows wide layers down; ``"none"`` is 1.
       prior_examples: how many examples the start (mean 0, variance 1) weighs; ``None`` is the
         paper's constant decay, under which it lingers for 1 / (1 - decay) steps.
 
