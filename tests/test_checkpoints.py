@@ -25,7 +25,9 @@ TRAINING = Path(__file__).parent / "programs" / "resumable_training.py"
 
 def train(directory, *arguments, devices=1):
     command = [sys.executable, str(TRAINING), str(directory), *map(str, arguments)]
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = os.environ | {
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    }
     return subprocess.run(  # noqa: S603
         command, env=environment, capture_output=True, text=True, timeout=300, check=False
     )

@@ -25,7 +25,7 @@ TESTS = Path(__file__).parent
 def start(*command, devices):
     """Starts a Python program on so many virtual devices."""
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # two processes must not share one, see conftest.py
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS.parent / "examples")]),
