@@ -18,8 +18,8 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-# For the same reason XLA is to optimize little. Without optimizations its older emitters make the faster programs, which
-# later releases do not have; and those abort on a flag that they do not know.
+# For the same reason XLA is to optimize little. Without optimizations its older emitters make the faster programs;
+# later releases do not have them, and abort on a flag that they do not know.
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
     os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"

@@ -193,7 +193,7 @@ class Dataflow:
         return None if body is None else self.origin(body, body.outvars[output])
 
     def _through_scan(self, eqn: core.JaxprEqn, output: int) -> Origin | None:
-        body, num_consts, num_carry = eqn.params["jaxpr"].jaxpr, eqn.params["num_consts"], eqn.params["num_carry"]
+        body, (num_consts, num_carry) = eqn.params["jaxpr"].jaxpr, _loop_numbers(eqn)
         if (inner := self.origin(body, body.outvars[output])) is None:
             return None
         scanned = inner.source >= num_consts + num_carry
@@ -264,7 +264,22 @@ def _bodies(eqn: core.JaxprEqn) -> list[tuple[core.Jaxpr, int]]:
 
 def _is_carried(eqn: core.JaxprEqn, k: int) -> bool:
     """Returns whether an input of an equation's body is what a loop carries, another at each step."""
-    return eqn.primitive.name == "scan" and 0 <= k - eqn.params["num_consts"] < eqn.params["num_carry"]
+    if eqn.primitive.name != "scan":
+        return False
+    num_consts, num_carry = _loop_numbers(eqn)
+    return 0 <= k - num_consts < num_carry
+
+
+def _loop_numbers(eqn: core.JaxprEqn) -> tuple[int, int]:
+    """Returns how many inputs of a scan are constants, and how many are carried; what is scanned follows.
+
+    Read off the shapes, as releases of JAX name these numbers differently: what is scanned, or stacked, has one axis
+    more outside of the loop.
+    """
+    body = eqn.params["jaxpr"].jaxpr
+    num_same = sum(map(_same_shape, eqn.invars, body.invars))
+    num_carry = sum(map(_same_shape, eqn.outvars, body.outvars))
+    return num_same - num_carry, num_carry
 
 
 def _called(eqn: core.JaxprEqn) -> core.Jaxpr | None:
@@ -280,6 +295,10 @@ def _compose(axes: tuple[int | str, ...], operand: tuple[int | str, ...]) -> tup
 
 def _shape(var: Any) -> tuple[int, ...]:
     return tuple(getattr(var.aval, "shape", ()))
+
+
+def _same_shape(a: Any, b: Any) -> bool:
+    return _shape(a) == _shape(b)
 
 
 def _shapes(jaxpr: core.Jaxpr | core.JaxprEqn) -> list[tuple[int, ...]]:
