@@ -270,7 +270,9 @@ def test_what_cannot_be_preconditioned_is_excluded_with_the_reason():
     with jax.numpy_dtype_promotion("standard"):  # WeightNorm needs it
         layers = bnp.nnx.find_layers(Odd(nnx.Rngs(0)), jnp.ones((2, 5, 4), jnp.float32))
     assert list(layers) == ["lora/lora_a", "lora/lora_b", "lora_linear", *(f"lora_linear/lora/lora_{k}" for k in "ab")]
-    assert {"/".join(other.path): other.reason for other in layers.excluded} == {
+    reasons = {"/".join(other.path): other.reason for other in layers.excluded}
+    # later releases of Flax call what multiplies a normalized kernel a parameter
+    assert {path: reason for path, reason in reasons.items() if "/scales/" not in path} == {
         "complex/kernel": "complex parameters or input",
         "elementwise/kernel": "its einsum is not the contraction of an input with the kernel",
         "first/kernel": "shared by layers whose inputs differ",
