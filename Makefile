@@ -22,7 +22,7 @@ lint: $(READY)  ## Check style, format and types.
 	$(BIN)/mypy
 
 docs: $(READY)  ## Build the documentation, running its notebooks, into docs/_build/html; warnings are errors.
-	JAX_DISABLE_MOST_OPTIMIZATIONS=true $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs . docs/_build/html
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs . docs/_build/html
 
 dist: $(READY)  ## Build what is published into DIST; PROJECT_URL is the repository's address, for the README's links.
 	$(if $(PROJECT_URL),,$(error PROJECT_URL is missing: make dist PROJECT_URL=https://github.com/OWNER/bnp_optax))
