@@ -43,6 +43,8 @@ OPTIMIZERS = ("Momentum", "Adam", "Muon")
 DAMPED_MUON = "BNP(Muon), eps_relative=1"
 HEADLINE = ("{}", "{} + BN", "BNP({})")
 KINDS = (*HEADLINE, "{} + BRN", "{} + GN", "scale_by_bnp, {}")
+# Whose networks do not change when a kernel grows either, without the noise that BN takes from its batch.
+SCALE_INVARIANT = ("Muon + BRN", "Muon + GN", "Muon + WS", "BNP(Muon) + GN")
 RESIDUAL = ("{} + BN", "{} + GN", "BNP({})", "BNP({}) + GN")
 LARGEST_NORM = 1.0  # of all gradients together, where they are clipped
 PADDING = 4  # pixels around an augmented image
@@ -151,7 +153,9 @@ SETTINGS = {
     "a quarter of an epoch": Setting("cnn", "cifar-10", EPOCH // 4, ("BNP({})", *CHANGED, *CLIPPED, *BN), DEFAULTS),
     "5-layer CNN": Setting("cnn", "cifar-10", EPOCH, KINDS, E8_CNN),
     "fully connected 3x100": Setting("mlp", "cifar-10", EPOCH, KINDS, E8_MLP),
-    "5-layer CNN, falling rate": Setting("cnn", "cifar-10", EPOCH, (*HEADLINE, DAMPED_MUON), LARGEST, falls=True),
+    "5-layer CNN, falling rate": Setting(
+        "cnn", "cifar-10", EPOCH, (*HEADLINE, DAMPED_MUON, *SCALE_INVARIANT), LARGEST, falls=True
+    ),
     "5-layer CNN, ten epochs": Setting("cnn", "cifar-10", 450_000, HEADLINE, E9, falls=True, augment=True),
     "5-layer CNN, gray images": Setting("cnn", "fashion-mnist", EPOCH, HEADLINE, E10),
     "5-layer CNN, large batches": Setting("cnn", "cifar-10", EPOCH, (*HEADLINE, "{} + BGN"), E11),
@@ -180,12 +184,14 @@ def make_optimizer(name: str, rate: optax.ScalarOrSchedule) -> optax.GradientTra
 
 def make_model(network: str, kind: str, steps: int) -> nn.Module:
     """Returns a network, with the normalization layers of a kind of methods, for so many steps."""
-    normalization = make_normalization(kind.split(" + ")[-1], steps)
+    name = kind.split(" + ")[-1]
+    normalization = make_normalization(name, steps)
     match network:
         case "mlp":
             return models.MLP(normalization, group_size=MLP_GROUP_SIZE)
         case "cnn":
-            return models.CNN(normalization, group_size=GROUP_SIZE)
+            conv, dense = (contrib_linen.WSConv, contrib_linen.WSDense) if name == "WS" else (nn.Conv, nn.Dense)
+            return models.CNN(normalization, group_size=GROUP_SIZE, conv=conv, dense=dense)
     return models.resnet_20(normalization=normalization)
 
 
