@@ -1,6 +1,6 @@
 """Draws the figures of the experiments with other optimizers than SGD, and writes their tables into the pages.
 
-Everything comes from the CSV files that ``optimizers.py`` and ``language_model.py`` wrote.
+Everything comes from the CSV files that ``optimizers.py``, ``language_model.py`` and ``pendulum.py`` wrote.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 import figures
 import language_model
 import optimizers
+import pendulum
 import programs
 import protocol
 import runs
@@ -124,6 +125,8 @@ def make(results: Path) -> trials.Report:
         drawn["every_optimizer"] = by_batch_size(rows, "5-layer CNN")
     if losses := runs.read_rows(results / "e7.csv", language_model.Outcome):
         texts["e7"], drawn["e7"] = language_model_table(losses), along_training(losses)
+    if returns := runs.read_rows(results / "pendulum.csv", pendulum.Episodes):
+        texts["pendulum"] = pendulum.table(returns)
     return texts, drawn
 
 

@@ -165,8 +165,8 @@ class Point:
 C = TypeVar("C", bound=Case)
 
 
-def write(path: Path, rows: Sequence[Case] | Sequence[Compilation] | Sequence[Point]) -> None:
-    """Writes a file, numbers with five digits."""
+def write(path: Path, rows: Sequence[Any]) -> None:
+    """Writes dataclasses of one kind to a file, numbers with five digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(rows[0])], lineterminator="\n")

@@ -194,3 +194,23 @@ def test_the_page_shows_the_committed_numbers():
     )
     quoted = re.findall(r"(?<![\w./-])\d+\.\d+(?![\w/-]|\.\d)", sentences)
     assert [number for number in quoted if number not in cells] == []
+
+
+def test_percentages_of_the_pages_are_those_of_the_committed_numbers():
+    rows = runs.read_rows(runs.RESULTS / "steps-cpu.csv", report.Row)
+
+    def percent(method, of, *cases):
+        ratios = [getattr(row, of) for row in rows if row.method == method and (row.network, row.batch_size) in cases]
+        return [round(100 * ratio) - 100 for ratio in ratios]
+
+    page, readme = (" ".join((ROOT / name).read_text().split()) for name in ("docs/performance.md", "README.md"))
+    usual = {(row.network, row.batch_size) for row in rows if row.batch_size >= 32}
+    times = percent("BNP", "ratio", *usual)
+    for text in (page, readme):
+        assert f"between {-min(times)} % less and {max(times)} % more time than one of SGD" in text
+    assert f"at most {max(percent('BNP', 'memory_ratio', *usual))} % more memory" in readme
+    worst = ("mlp", 60)
+    times = percent("BNP(Adam)", "adam_ratio", *usual - {worst}), percent("BNP(Adam)", "adam_ratio", worst)
+    assert f"at most {max(times[0])} % more time than Adam, but {times[1][0]} % on the multilayer perceptron" in readme
+    memory = percent("BNP(Adam)", "adam_memory_ratio", *(("mlp", size) for size in (1, 60, 512)))
+    assert "{} % more memory than Adam's in batches of 1, {} % at 60 and {} % at 512".format(*memory) in page
