@@ -19,6 +19,7 @@ PAGES = {
     "README.md": optimizers_report.make,
     "docs/contrib/README.md": methods_report.make,
     "docs/migration.md": optimizers_report.make,
+    "docs/reinforcement_learning.md": optimizers_report.make,
     RESULTS: figures.make,
     METHODS: methods_report.make,
     OPTIMIZERS: optimizers_report.make,
