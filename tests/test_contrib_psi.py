@@ -9,97 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
-from helpers import cross_entropy, init, normal
+from helpers import normal
+from invariant_networks import STEPS, BatchNorm, GroupNorm, LayerNorm, Net, Problem, rescaled
 
 import bnp_optax as bnp
-from bnp_optax.contrib import PsiSgdState, is_scale_invariant, psi_sgd, scale_by_psi
+from bnp_optax.contrib import PsiSgdState, psi_sgd, scale_by_psi
 
 pytestmark = pytest.mark.usefixtures("x64", "quickly_compiled")
 
-RATE, STEPS = 0.1, 12
+RATE = 0.1
 
 
 def falling(step):
     return 0.3 / (1 + jnp.asarray(step, float))
 
 
-exact = {"epsilon": 0.0, "param_dtype": float, "force_float32_reductions": False}
-BatchNorm = functools.partial(nn.BatchNorm, use_running_average=False, **exact)
-LayerNorm = functools.partial(nn.LayerNorm, **exact)
-GroupNorm = functools.partial(nn.GroupNorm, **exact)
-Dense = functools.partial(nn.Dense, param_dtype=float, bias_init=nn.initializers.normal())
-Conv = functools.partial(nn.Conv, param_dtype=float, bias_init=nn.initializers.normal())
-
-
-class Net(nn.Module):
-    """A convolution, a grouped one and a dense layer, in front of a normalization each, and a layer that is not."""
-
-    norms: tuple = (BatchNorm,) * 3
-    use_bias: bool = True
-
-    @nn.compact
-    def __call__(self, x):
-        first, second, third = self.norms
-        x = nn.relu(first()(Conv(4, (3, 3), use_bias=self.use_bias, name="conv")(x)))
-        x = nn.relu(second()(Conv(8, (3, 3), feature_group_count=2, use_bias=self.use_bias, name="grouped")(x)))
-        x = nn.relu(third()(Dense(6, use_bias=self.use_bias, name="dense")(x.reshape(x.shape[0], -1))))
-        return Dense(3, name="out")(x)
-
-
-class Problem:
-    """A network, its loss on one batch, and its layers."""
-
-    def __init__(self, model=None, dtype=float):
-        self.model = Net() if model is None else model
-        self.x, self.y = normal(0, 16, 4, 4, 2).astype(dtype), jnp.arange(16) % 3
-        self.params = init(self.model, self.x)
-        self.all_layers = bnp.linen.find_layers(self.model, self.x)
-        self.layers = self.all_layers.select(lambda layer: layer.path != "out")
-        self.gradients = jax.jit(jax.grad(self.loss))
-
-    def loss(self, params):
-        logits, _ = self.model.apply({"params": params}, self.x, mutable=["batch_stats"])
-        return cross_entropy(logits, self.y)
-
-    def path(self, tx, params=None, state=None, steps=STEPS):
-        """Returns the loss before every step, and parameters and state after the last."""
-        params = self.params if params is None else params
-
-        def step(carry, _):
-            params, state = carry
-            loss, gradients = jax.value_and_grad(self.loss)(params)
-            updates, state = tx.update(gradients, state, params)
-            return (optax.apply_updates(params, updates), state), loss
-
-        @jax.jit
-        def run(params, state):
-            return jax.lax.scan(step, (params, state), length=steps)
-
-        (params, state), losses = run(params, tx.init(params) if state is None else state)
-        return losses, params, state
-
-
-@pytest.fixture(scope="module")
-def quickly_compiled():
-    """What the library compiles runs but once or twice here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def bn(x64):
     return Problem()
-
-
-def rescaled(problem, tree, seed=0, decades=3.0):
-    """Multiplies the weights of every unit in front of BN, or their momentum, by a number of its own."""
-    rng, new = np.random.default_rng(seed), {name: dict(leaves) for name, leaves in tree.items()}
-    for name in problem.layers:
-        factors = 10 ** rng.uniform(-decades, decades, new[name]["kernel"].shape[-1])
-        new[name]["kernel"] = jnp.asarray(np.asarray(new[name]["kernel"]) * factors)
-    return new
 
 
 def norms(tree, name):
@@ -390,140 +317,6 @@ def test_groups_that_do_not_divide_the_outputs_are_refused(bn):
     tx = psi_sgd(RATE, bn.layers, num_groups=3)
     with pytest.raises(ValueError, match="num_groups is 3, which must divide the 4 outputs"):
         tx.update(bn.params, tx.init(bn.params), bn.params)
-
-
-# Which layers.
-
-
-def invariances(problem, tolerance=1e-9, **options):
-    return is_scale_invariant(problem.loss, problem.params, problem.all_layers, tolerance=tolerance, **options)
-
-
-def test_layers_in_front_of_bn_are_found(bn):
-    invariant = invariances(bn)
-    assert invariant == {"conv": True, "grouped": True, "dense": True, "out": False}
-    assert list(invariant) == list(bn.all_layers)
-    assert bn.all_layers.select(lambda layer: invariant[layer.path]) == bn.layers
-    boxed = jax.tree.map(lambda leaf: nn.Partitioned(leaf, (None,) * leaf.ndim), bn.params)
-    assert invariant == is_scale_invariant(
-        lambda params: bn.loss(nn.unbox(params)), boxed, bn.all_layers, tolerance=1e-9
-    )
-    scaled = rescaled(bn, bn.params)
-    assert invariant == is_scale_invariant(bn.loss, scaled, bn.all_layers, tolerance=1e-9)
-
-
-def test_they_are_found_in_float32_under_the_usual_epsilon(x64):
-    class Plain(nn.Module):
-        """As users write it."""
-
-        @nn.compact
-        def __call__(self, x):
-            x = nn.relu(nn.BatchNorm(use_running_average=False)(nn.Conv(8, (3, 3), name="conv")(x)))
-            x = nn.relu(nn.BatchNorm(use_running_average=False)(nn.Dense(16, name="dense")(x.reshape(x.shape[0], -1))))
-            return nn.Dense(3, name="out")(x)
-
-    problem = Problem(Plain(), jnp.float32)
-    expected = {"conv": True, "dense": True, "out": False}
-    assert is_scale_invariant(problem.loss, problem.params, problem.all_layers) == expected
-    small = jax.tree.map(lambda leaf: 1e-3 * leaf, problem.params)
-    assert is_scale_invariant(problem.loss, small, problem.all_layers) == dict.fromkeys(expected, False)
-
-
-def test_layers_of_nnx_are_found(x64):
-    """In its own trees, and in float32, whose statistics NNX keeps."""
-
-    class Model(nnx.Module):
-        def __init__(self, rngs):
-            self.hidden = nnx.Linear(5, 4, rngs=rngs)
-            self.norm = nnx.BatchNorm(4, rngs=rngs)
-            self.out = nnx.Linear(4, 3, rngs=rngs)
-
-        def __call__(self, x):
-            return self.out(nnx.relu(self.norm(self.hidden(x))))
-
-    model, x, y = Model(nnx.Rngs(0)), normal(0, 16, 5).astype(jnp.float32), jnp.arange(16) % 3
-    layers = bnp.nnx.find_layers(model, x)
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-
-    def loss(params):
-        return cross_entropy(nnx.merge(graphdef, params, rest, copy=True)(x), y)
-
-    assert is_scale_invariant(loss, params, layers) == {"hidden": True, "out": False}
-
-
-@pytest.mark.parametrize("use_bias", [True, False])
-def test_in_front_of_layer_norm_the_whole_kernel_is_without_a_bias(x64, use_bias):
-    """Though a bias is zero at the start, as here."""
-
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            x = nn.Dense(6, use_bias=use_bias, param_dtype=float, name="dense")(x.reshape(x.shape[0], -1))
-            return Dense(3, name="out")(nn.relu(LayerNorm()(x)))
-
-    problem = Problem(Model())
-    assert invariances(problem, num_groups=1) == {"dense": not use_bias, "out": False}
-    assert invariances(problem) == {"dense": False, "out": False}
-
-
-def test_in_front_of_group_norm_the_kernels_of_a_group_are(x64):
-    norm = functools.partial(GroupNorm, num_groups=2)
-    problem = Problem(Net((norm, norm, norm), use_bias=False))
-    alone = dict.fromkeys(problem.all_layers, False)
-    of_layers = {name: name != "out" for name in problem.all_layers}
-    assert invariances(problem, num_groups=1, tolerance=1e-9) == {**of_layers, "out": False}
-    without_out = problem.layers
-    assert is_scale_invariant(problem.loss, problem.params, without_out, num_groups=2, tolerance=1e-9) == dict.fromkeys(
-        without_out, True
-    )
-    assert invariances(problem) == alone
-
-
-def test_what_seems_invariant_and_is_not(x64):
-    """A convolution added to a path that was not normalized; Batch Renormalization; running statistics; no gradient."""
-
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            x = Conv(4, (3, 3), name="first")(x)
-            x = x + Conv(4, (3, 3), name="residual")(nn.relu(BatchNorm()(x)))
-            x = nn.relu(BatchNorm()(x)).reshape(x.shape[0], -1)
-            x = renormalize(Dense(6, name="renormalized")(x))
-            x = BatchNorm(use_running_average=True)(Dense(6, name="running")(nn.relu(x)))
-            x = nn.relu(BatchNorm()(Dense(5, name="last")(x)))
-            return Dense(3, name="out")(x) + 0 * Dense(3, name="dead")(x)
-
-    def renormalize(x):
-        mean, deviation = x.mean(0, keepdims=True), x.std(0, keepdims=True)
-        r, d = jax.lax.stop_gradient((deviation / 2, (mean - 0.1) / 2))
-        return (x - mean) / deviation * r + d
-
-    problem = Problem(Model())
-    gradients, params = problem.gradients(problem.params), problem.params
-    kernel, gradient = params["renormalized"]["kernel"], gradients["renormalized"]["kernel"]
-    assert np.abs((kernel * gradient).sum(0)).max() < 1e-14  # the gradient alone does not tell
-    assert np.abs(gradient).max() > 1e-3
-    found = invariances(problem)
-    assert {name for name, is_so in found.items() if is_so} == {"last"}
-
-
-def test_every_unit_is_tried_at_a_scale_of_its_own(x64):
-    """The loss knows the ratios of the units' scales, though its gradient does not."""
-    layers = bnp.Layers((bnp.Layer.dense(("w",), (5, 4)),))
-    x, params = normal(0, 16, 5), {"w": normal(1, 5, 4)}
-
-    def loss(params):
-        z = x @ params["w"]
-        deviations = z.std(0, keepdims=True)
-        return jnp.sin(z / deviations * jax.lax.stop_gradient(deviations / deviations.mean())).sum()
-
-    assert is_scale_invariant(loss, params, layers, tolerance=1e-9) == {"w": False}
-    assert is_scale_invariant(loss, params, layers, num_groups=1, tolerance=1e-9) == {"w": True}
-
-
-def test_a_loss_that_is_not_finite_is_refused(bn):
-    with pytest.raises(ValueError, match="The loss is nan, so that nothing can be said"):
-        is_scale_invariant(lambda params: jnp.nan * bn.loss(params), bn.params, bn.all_layers)
 
 
 # Where it ends.
