@@ -13,7 +13,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.progress
 
 import programs
 import report
@@ -60,10 +59,13 @@ def measure(blocks: int, repetitions: int) -> list[Compilation]:
     compile_step("SGD")  # what JAX and XLA set up once
     seconds, operations = np.empty((len(BASES), repetitions)), dict[str, int]()
     order, methods = np.random.default_rng(0), list(BASES)
-    for turn in rich.progress.track(range(repetitions), "compiling"):
-        for number in order.permutation(len(methods)):
-            method = methods[number]
-            seconds[number, turn], operations[method] = compile_step(method)
+    with programs.progress() as progress:
+        task = progress.add_task("compiling", total=repetitions * len(methods), unit="programs")
+        for turn in range(repetitions):
+            for number in order.permutation(len(methods)):
+                method = methods[number]
+                seconds[number, turn], operations[method] = compile_step(method)
+                progress.advance(task)
     rows = []
     for own, (method, base) in zip(seconds, BASES.items(), strict=True):
         low, middle, high = map(float, np.quantile(own / seconds[methods.index(base)], [0.25, 0.5, 0.75]))

@@ -21,7 +21,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.progress
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -239,9 +238,11 @@ def main(argv: list[str] | None = None) -> list[Kernels]:
     option("--results", type=programs.folder, default=str(runs.RESULTS), metavar="DIR", help="where kernels.csv goes")
     args = parser.parse_args(argv)
     device = find_h100()
-    for name in rich.progress.track(args.networks, "compiling"):
-        methods = [method for method in args.methods if method in CASES[name].network.methods]
-        rows = report.replace(args.results / "kernels.csv", [measure(name, method, device) for method in methods])
+    with programs.progress() as progress:
+        task = progress.add_task("compiling", unit="networks")
+        for name in progress.track(args.networks, task_id=task):
+            methods = [method for method in args.methods if method in CASES[name].network.methods]
+            rows = report.replace(args.results / "kernels.csv", [measure(name, method, device) for method in methods])
     for case, own in report.by_case(rows):
         lines = [cells(row, own) for row in own]
         programs.show(report.make_table(case, ("method", "kernels", "bar", "GB", "CPU s to compile"), lines))
