@@ -288,7 +288,8 @@ def mixture_normalize(
     counted = None if mask is None else _rows(broadcast_mask(mask, x.shape), axes)
 
     def add_up(sums: Any) -> Any:
-        return sums if axis_name is None else jax.lax.psum(sums, **pooling)
+        # One at a time: JAX 0.8 cannot differentiate a psum of several when some, as those of tau, have no gradient.
+        return sums if axis_name is None else jax.tree.map(lambda part: jax.lax.psum(part, **pooling), sums)
 
     def fit(z: jax.Array, tau: jax.Array) -> Mixture:
         return component_moments(
