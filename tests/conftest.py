@@ -18,14 +18,6 @@ def x64():
         yield
 
 
-@pytest.fixture(scope="module")
-def quickly_compiled():
-    """XLA optimizes little for the whole module, whose programs run but once or twice."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture
 def standard_promotion():
     """JAX as users have it, for examples, and for Optax's own transformations, which mix dtypes and ranks."""

@@ -15,7 +15,7 @@ from invariant_networks import STEPS, BatchNorm, GroupNorm, LayerNorm, Net, Prob
 import bnp_optax as bnp
 from bnp_optax.contrib import PsiSgdState, psi_sgd, scale_by_psi
 
-pytestmark = pytest.mark.usefixtures("x64", "quickly_compiled")
+pytestmark = pytest.mark.usefixtures("x64")
 
 RATE = 0.1
 

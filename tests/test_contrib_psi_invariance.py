@@ -14,7 +14,7 @@ from invariant_networks import BatchNorm, Conv, Dense, GroupNorm, LayerNorm, Net
 import bnp_optax as bnp
 from bnp_optax.contrib import is_scale_invariant
 
-pytestmark = pytest.mark.usefixtures("x64", "quickly_compiled")
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 @pytest.fixture(scope="module")
