@@ -44,7 +44,7 @@ DAMPED_MUON = "BNP(Muon), eps_relative=1"
 HEADLINE = ("{}", "{} + BN", "BNP({})")
 KINDS = (*HEADLINE, "{} + BRN", "{} + GN", "scale_by_bnp, {}")
 # Whose networks do not change when a kernel grows either, without the noise that BN takes from its batch.
-SCALE_INVARIANT = ("Muon + BRN", "Muon + GN", "Muon + WS", "BNP(Muon) + GN")
+SCALE_INVARIANT = ("Muon + BRN", "Muon + GN", "{} + WS", "BNP(Muon) + GN")
 RESIDUAL = ("{} + BN", "{} + GN", "BNP({})", "BNP({}) + GN")
 LARGEST_NORM = 1.0  # of all gradients together, where they are clipped
 PADDING = 4  # pixels around an augmented image

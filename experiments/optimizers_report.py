@@ -120,7 +120,7 @@ def make(results: Path) -> trials.Report:
       ValueError: if the folder holds none of them.
     """
     texts, drawn = trials.report_all(optimizers.EXPERIMENTS, results)
-    if rows := runs.read_rows(results / "e8.csv", Outcome):
+    if rows := optimizers.ordered(runs.read_rows(results / "e8.csv", Outcome)):
         texts["every_optimizer"] = summary_table(rows)
         drawn["every_optimizer"] = by_batch_size(rows, "5-layer CNN")
     if losses := runs.read_rows(results / "e7.csv", language_model.Outcome):

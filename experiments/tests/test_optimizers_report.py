@@ -58,6 +58,14 @@ def test_the_figure_says_what_falls_below_its_axis():
     assert high > 65  # the highest of all panels
 
 
+def test_the_order_of_the_rows_does_not_matter(tmp_path):
+    runs.append_rows(tmp_path / "e8.csv", OUTCOMES[::-1])  # as where batches of 4 were trained before those of 128
+    texts, figures = optimizers_report.make(tmp_path)
+    assert texts["every_optimizer"] == optimizers_report.summary_table(OUTCOMES)
+    panel = figures["every_optimizer"].axes[1]
+    assert [line.get_xdata().tolist() for line in panel.lines[:2]] == [[0, 1], [0, 1]]
+
+
 def test_the_part_of_the_steps_until_a_loss():
     curve = np.array([4.0, 3.0, 2.0, 1.5])
     assert optimizers_report.part_of_steps(curve, 2.0) == 0.75
