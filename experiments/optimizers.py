@@ -3,6 +3,7 @@
 * ``e8_defaults``: the options of ``preconditioned``, one changed at a time, in a quarter of an epoch.
 * ``e8``: one epoch at a constant rate, convolutional and fully connected networks, batches down to one example.
 * ``e8_falling``: the same in batches of 128, at a rate that falls to zero along a cosine.
+* ``e8_fit``: its best trainings with Muon again, and what they make of the training images.
 * ``e9``: ten epochs of augmented images at a rate that falls along a cosine.
 * ``e10``: one epoch of a second set of images.
 * ``e11``: one epoch in large batches.
@@ -29,6 +30,7 @@ import migration
 import models
 import programs
 import protocol
+import tables
 import trials
 from bnp_optax import contrib
 from bnp_optax.contrib import linen as contrib_linen
@@ -149,13 +151,13 @@ E9 = {
 }
 E10 = {(optimizer, size): E8_CNN[optimizer, size] for optimizer in OPTIMIZERS for size in (128, 4)}
 LARGEST = {(optimizer, 128): E8_CNN[optimizer, 128] for optimizer in OPTIMIZERS}
+FALLING = "5-layer CNN, falling rate"
+FIT = {"Muon": 0.03, "Muon + BN": 0.055, "Muon + BRN": 0.055, "Muon + WS": 0.1, "BNP(Muon)": 0.017}  # best of FALLING
 SETTINGS = {
     "a quarter of an epoch": Setting("cnn", "cifar-10", EPOCH // 4, ("BNP({})", *CHANGED, *CLIPPED, *BN), DEFAULTS),
     "5-layer CNN": Setting("cnn", "cifar-10", EPOCH, KINDS, E8_CNN),
     "fully connected 3x100": Setting("mlp", "cifar-10", EPOCH, KINDS, E8_MLP),
-    "5-layer CNN, falling rate": Setting(
-        "cnn", "cifar-10", EPOCH, (*HEADLINE, DAMPED_MUON, *SCALE_INVARIANT), LARGEST, falls=True
-    ),
+    FALLING: Setting("cnn", "cifar-10", EPOCH, (*HEADLINE, DAMPED_MUON, *SCALE_INVARIANT), LARGEST, falls=True),
     "5-layer CNN, ten epochs": Setting("cnn", "cifar-10", 450_000, HEADLINE, E9, falls=True, augment=True),
     "5-layer CNN, gray images": Setting("cnn", "fashion-mnist", EPOCH, HEADLINE, E10),
     "5-layer CNN, large batches": Setting("cnn", "cifar-10", EPOCH, (*HEADLINE, "{} + BGN"), E11),
@@ -295,6 +297,27 @@ def tuning(names: Sequence[str], quick: bool) -> list[Trial]:
     ]
 
 
+def fit_trials(quick: bool) -> list[Trial]:
+    """Returns the trainings with Muon at a falling rate that are best in validation, with the seeds of the tests."""
+    if quick:
+        return []
+    data, steps = SETTINGS[FALLING].data, SETTINGS[FALLING].examples // 128
+    return [
+        Trial(data, FALLING, method, 128, rate, steps, seed) for method, rate in FIT.items() for seed in trials.SEEDS
+    ]
+
+
+def fit_table(outcomes: Sequence[protocol.Outcome]) -> str:
+    """Returns a row a method: mean accuracy on training and on test images, the network as it is used."""
+    rows = []
+    for (*_, method), own in protocol.by_cell(ordered(outcomes)).items():
+        fit, test = (np.array([getattr(o, field) for o in own]) for field in ("measure", "test_accuracy"))
+        loss = np.mean([outcome.train_loss for outcome in own])
+        cells = [f"{fit.mean():.1f}", tables.range_text(fit), f"{test.mean():.1f}", f"{(fit - test).mean():.1f}"]
+        rows.append([method, *cells, f"{loss:.3f}"])
+    return tables.markdown(["method", "training images", "range", "test images", "gap", "train loss"], rows)
+
+
 def ordered(outcomes: Sequence[protocol.Outcome]) -> list[protocol.Outcome]:
     """Returns outcomes by setting, larger batches first, and method."""
 
@@ -324,7 +347,10 @@ EXPERIMENTS: dict[str, trials.Experiment] = {
         seeds=(),
     ),
     "e8": experiment("e8", ["5-layer CNN", "fully connected 3x100"]),
-    "e8_falling": experiment("e8_falling", ["5-layer CNN, falling rate"]),
+    "e8_falling": experiment("e8_falling", [FALLING]),
+    "e8_fit": trials.Experiment(
+        lambda quick: [], task, lambda outcomes: ({"e8_fit": fit_table(outcomes)}, {}), further=fit_trials, fit=True
+    ),
     "e9": experiment("e9", ["5-layer CNN, ten epochs"]),
     "e10": experiment("e10", ["5-layer CNN, gray images"]),
     "e11": experiment("e11", ["5-layer CNN, large batches"]),

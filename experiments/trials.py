@@ -128,6 +128,7 @@ class Experiment(NamedTuple):
       also_report: ``(all outcomes, folder of the results)``: makes tables and figures of that file.
       seeds: that read the test images at the best rates.
       refined: whether each method's grid is closed and refined around its best rate, as ``refined`` does.
+      fit: whether what is measured of a training is its accuracy on the training images, as the network is used.
     """
 
     tuning: Callable[[bool], list[Trial]]
@@ -138,6 +139,7 @@ class Experiment(NamedTuple):
     also_report: Callable[[Sequence[Outcome], Path], Report] = lambda outcomes, results: ({}, {})
     seeds: Sequence[int] = SEEDS
     refined: bool = False
+    fit: bool = False
 
 
 @functools.cache
@@ -156,7 +158,11 @@ def compiled(make: Callable[[Trial], Task], trial: Trial, mean: float, deviation
 
 
 def train(
-    make: Callable[[Trial], Task], trial: Trial, data_dir: Path, advance: Callable[[int], None] = lambda _: None
+    make: Callable[[Trial], Task],
+    trial: Trial,
+    data_dir: Path,
+    advance: Callable[[int], None] = lambda _: None,
+    fit: bool = False,
 ) -> Outcome:
     """Runs one training.
 
@@ -165,6 +171,7 @@ def train(
       trial: what to run.
       data_dir: the folder of the data sets.
       advance: called with the number of steps since its last call.
+      fit: whether to measure the accuracy on the training images, and not what the task measures.
 
     Returns:
       The outcome; a training stops within a tenth of its steps after its loss ceased to be finite.
@@ -186,7 +193,7 @@ def train(
     validation = accuracy(task, state, data.validation)
     test = accuracy(task, state, data.test) if trial.seed else math.nan
     seconds = round(time.perf_counter() - start, 1)
-    measured = float(task.measure(state))
+    measured = accuracy(task, state, data.train) if fit else float(task.measure(state))
     return Outcome(
         **dataclasses.asdict(trial),
         commit=commit,
@@ -223,7 +230,7 @@ def run(experiment: Experiment, output: Path, data_dir: Path, quick: bool = Fals
     def sweep(todo: list[Trial]) -> list[Outcome]:
         return sweeps.sweep(
             todo,
-            functools.partial(train, experiment.task, data_dir=data_dir),
+            functools.partial(train, experiment.task, data_dir=data_dir, fit=experiment.fit),
             {outcome.trial: outcome for outcome in runs.read_rows(output, Outcome)},
             lambda outcome: runs.append_rows(output, [outcome]),
             title=output.stem,

@@ -1,5 +1,6 @@
 """The experiments of Momentum, Adam and Muon: what their trainings are made of, and a short form of all."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import bnp_optax as bnp
 import images
 import optimizers
+import protocol
 import runs
 import trials
 from protocol import Outcome, Trial
@@ -102,6 +104,27 @@ def test_grids_are_about_a_factor_of_three_apart_and_equal_for_all_methods():
             assert len(next(iter(methods.values()))) >= 4
         examples = {trial.steps * trial.batch_size for trial in todo}
         assert max(examples) - min(examples) < 2048  # what fills no batch
+
+
+def test_what_is_fitted_again_is_best_at_a_falling_rate():
+    cells = protocol.by_cell(runs.read_rows(runs.RESULTS / "e8_falling.csv", Outcome))
+    again = protocol.by_cell(optimizers.fit_trials(False))
+    for cell, trainings in again.items():
+        assert {protocol.best([o for o in cells[cell] if o.seed == 0]).trial} == {
+            dataclasses.replace(trial, seed=0) for trial in trainings
+        }
+    assert len(again) == len(optimizers.FIT)
+
+
+def test_the_gap_is_between_training_and_test_images():
+    def outcome(method, seed, fit, test):
+        return Outcome("cifar-10", optimizers.FALLING, method, 128, 0.1, 400, seed, "abc", 1.0, 0.5, 60.0, test, fit)
+
+    rows = [outcome("BNP(Muon)", 1, 80.0, 70.0), outcome("BNP(Muon)", 2, 82.0, 71.0), outcome("Muon", 1, 75.0, 74.0)]
+    assert optimizers.fit_table(rows).splitlines()[2:] == [
+        "| Muon | 75.0 | 75.0 | 74.0 | 1.0 | 0.500 |",
+        "| BNP(Muon) | 81.0 | 80.0 to 82.0 | 70.5 | 10.5 | 0.500 |",
+    ]
 
 
 def test_a_short_form(tmp_path, capsys):

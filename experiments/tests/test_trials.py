@@ -89,6 +89,8 @@ def test_a_training_is_what_a_plain_loop_does():
     for split, reached in ((data.validation, actual.validation_accuracy), (data.test, actual.test_accuracy)):
         # a near tie may fall either way
         assert abs(100 * np.mean((flat(split) @ weights).argmax(1) == split.labels) - reached) < 0.5
+    fit = trials.train(make_task, trial, Path(), fit=True).measure
+    assert abs(100 * np.mean((flat(data.train) @ weights).argmax(1) == data.train.labels) - fit) < 0.5
     assert actual.trial == trial
     assert not actual.diverged
     assert math.isnan(trials.train(make_task, ANY_TRIAL, Path()).test_accuracy)  # seed 0 does not read the test
