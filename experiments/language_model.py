@@ -208,6 +208,11 @@ class Outcome(Trial):
         return not math.isfinite(self.validation[-1])
 
     @property
+    def score(self) -> float:
+        """What decides between rates: the less loss on the validation text, the better."""
+        return -math.inf if self.diverged else -self.validation[-1]
+
+    @property
     def validation(self) -> np.ndarray:
         """The validation losses; infinite where they were not finite."""
         losses = np.array(self.curve.split(), float)
@@ -256,7 +261,7 @@ def train(trial: Trial, advance: Callable[[int], None] = lambda _: None) -> Outc
 
 def best(tuning: Sequence[Outcome]) -> Outcome:
     """Returns the outcome with the lowest validation loss at the end; of equal ones that with the lowest rate."""
-    return min(tuning, key=lambda outcome: (outcome.validation[-1], outcome.rate))
+    return min(tuning, key=lambda outcome: (-outcome.score, outcome.rate))
 
 
 def at_best_rate(cell: Sequence[Outcome]) -> list[Outcome]:

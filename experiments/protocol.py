@@ -65,6 +65,11 @@ class Outcome(Trial):
         """Whether the loss stopped being finite."""
         return not math.isfinite(self.train_loss)
 
+    @property
+    def score(self) -> float:
+        """The validation accuracy, by which rates are chosen."""
+        return -math.inf if self.diverged else self.validation_accuracy
+
 
 class Tried(Protocol):
     """A training at a learning rate, as far as it matters to which rates come next."""
@@ -76,6 +81,10 @@ class Tried(Protocol):
     @property
     def diverged(self) -> bool:
         """Whether it failed."""
+
+    @property
+    def score(self) -> float:
+        """What is highest at the best rate."""
 
     @property
     def trial(self) -> Any:
@@ -97,7 +106,7 @@ def by_cell(outcomes: Sequence[Outcome]) -> dict[Cell, list[Outcome]]:
 
 def best(tuning: Sequence[Outcome]) -> Outcome:
     """Returns the outcome with the highest validation accuracy; of equal ones that with the lowest rate."""
-    return min(tuning, key=lambda outcome: (outcome.diverged, -outcome.validation_accuracy, outcome.rate))
+    return min(tuning, key=lambda outcome: (-outcome.score, outcome.rate))
 
 
 def at_best_rate(cell: Sequence[Outcome]) -> list[Outcome]:
@@ -119,9 +128,9 @@ def refined(
 ) -> list[T]:
     """Runs every method of a grid at further rates, by one rule for all of them.
 
-    Where the best rate is an end of the grid, the grid goes on by its last step until that is no longer so, or nothing
-    is left but divergence. Then come the rates halfway, by ratio, between the best one and its neighbours, where these
-    are further than a factor of 2.
+    Where the best rate is an end of the grid, the grid goes on by its last step until that is no longer so, or its end
+    is no better than the rate beside it. Then come the rates halfway, by ratio, between the best one and its
+    neighbours, where these are further than a factor of 2.
 
     Args:
       grid: trainings with one seed, at more than one rate.
@@ -140,11 +149,11 @@ def refined(
 
 def beyond(cell: Sequence[Tried], best: Tried) -> list[Any]:
     """Returns the training a step further than the end of a grid, where that is the best."""
-    rates = sorted(outcome.rate for outcome in cell)
-    neighbours = {rates[0]: rates[1], rates[-1]: rates[-2]}
-    if best.diverged or best.rate not in neighbours:
+    ordered = sorted(cell, key=lambda outcome: outcome.rate)
+    neighbours = {ordered[0].rate: ordered[1], ordered[-1].rate: ordered[-2]}
+    if best.rate not in neighbours or (neighbour := neighbours[best.rate]).score == best.score:
         return []
-    return [dataclasses.replace(best.trial, rate=rounded(best.rate**2 / neighbours[best.rate]))]
+    return [dataclasses.replace(best.trial, rate=rounded(best.rate**2 / neighbour.rate))]
 
 
 def halfway(cell: Sequence[Tried], best: Tried) -> list[Any]:

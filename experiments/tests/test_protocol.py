@@ -120,6 +120,7 @@ def test_a_refined_grid_has_the_best_rate_between_others_and_the_rates_halfway(p
 
 def test_a_refined_grid_does_not_go_on_for_ever():
     assert len(refine(lambda rate: math.nan)) <= 2  # nothing but divergence: no end to be found
+    assert refine(lambda rate: 10.0) == pytest.approx([0.017])  # nothing is learned at any rate
     # the best rate is the last one that does not diverge
     assert refine(lambda rate: rate if rate < 0.5 else math.nan) == pytest.approx([0.9, 0.17, 0.52])
 
