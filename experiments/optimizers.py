@@ -300,7 +300,7 @@ def tuning(names: Sequence[str], quick: bool) -> list[Trial]:
 def fit_trials(quick: bool) -> list[Trial]:
     """Returns the trainings with Muon at a falling rate that are best in validation, with the seeds of the tests."""
     if quick:
-        return []
+        return [Trial("digits", FALLING, "Muon", 32, FIT["Muon"], QUICK_STEPS, 1)]
     data, steps = SETTINGS[FALLING].data, SETTINGS[FALLING].examples // 128
     return [
         Trial(data, FALLING, method, 128, rate, steps, seed) for method, rate in FIT.items() for seed in trials.SEEDS
