@@ -15,6 +15,7 @@ from bnp_optax.table import align
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.table import Table
 
 _LARGEST = 1024  # inputs of a layer whose eigenvalues are computed, in a second or less
 _HEADER = ("layer", "examples", "skipped", "mean off", "variance ratio", "gradient times", "condition number")
@@ -48,7 +49,7 @@ class LayerInspection(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Inspection(Mapping[str, LayerInspection]):
-    """What BNP does, by layer: ``print`` shows a table, and :meth:`figure` draws it.
+    """What BNP does, by layer: ``print`` and ``rich.print`` show a table, and :meth:`figure` draws it.
 
     Attributes:
       by_layer: what it does to each.
@@ -70,7 +71,22 @@ class Inspection(Mapping[str, LayerInspection]):
     def __str__(self) -> str:
         """Returns the table."""
         text = align([_HEADER, *((path, *_cells(own)) for path, own in self.items())], "<" + ">" * (len(_HEADER) - 1))
-        return f"{text}\n\nExcluded parameters: {self.excluded}; print(layers) says why." if self.excluded else text
+        return f"{text}\n\n{self._about_excluded()}" if self.excluded else text
+
+    def __rich__(self) -> "Table":
+        """Returns the table for Rich, which calls this, to fit it to its console."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(caption=self._about_excluded() if self.excluded else None)
+        for number, title in enumerate(_HEADER):
+            table.add_column(title, justify="right" if number else "left", overflow="fold")
+        for path, own in self.items():
+            table.add_row(*map(Text, (path, *_cells(own))))
+        return table
+
+    def _about_excluded(self) -> str:
+        return f"Excluded parameters: {self.excluded}; print(layers) says why."
 
     def figure(self) -> "Figure":
         """Draws what the table says, a row a layer; wants matplotlib.

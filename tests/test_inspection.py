@@ -1,5 +1,7 @@
 """What `inspect` says of a training, against matrices and moments that are built by other means."""
 
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,6 +135,23 @@ def test_what_it_prints_and_draws():
     assert offsets.lines[0].get_xdata() == pytest.approx([own.mean_off])
     assert steps.lines[0].get_xdata() == pytest.approx([own.rescaling[1]])
     assert [line.get_xdata()[0] for line in conditions.lines] == pytest.approx(own.condition)
+
+
+def test_rich_shows_the_same_table():
+    rich_console = pytest.importorskip("rich.console")
+    layers = bnp.Layers(
+        (bnp.Layer.dense(("[red]", "w"), (4, 3)),), (bnp.Excluded(("scale",), (3,), "it is no kernel"),)
+    )
+    state = bnp.scale_by_bnp(layers).init({"[red]": {"w": jnp.ones((4, 3))}, "scale": jnp.ones(3)})
+    inspection = bnp.inspect(layers, state)
+    console = rich_console.Console(width=200, record=True, file=io.StringIO())
+    console.print(inspection)
+    shown = [line.strip("┃│ ") for line in console.export_text().splitlines()]
+    header, row, *_, caption = str(inspection).splitlines()
+    cells = ["  ".join(line.split()) for line in (header, row)]
+    assert ["  ".join(line.replace("┃", " ").replace("│", " ").split()) for line in (shown[1], shown[3])] == cells
+    assert "[red]" in shown[3]  # no markup
+    assert caption in shown
 
 
 def test_without_matplotlib_the_figure_says_what_to_install(monkeypatch):
