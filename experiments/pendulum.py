@@ -69,10 +69,7 @@ def table(rows: Sequence[Episodes]) -> str:
             rate: np.array([r.mean_return for r in rows if (r.method, r.target, r.rate) == (method, target, rate)])
             for rate in rates
         }
-        cells = [
-            f"{seeds.mean():.0f} ({seeds.min():.0f} to {seeds.max():.0f})" if seeds.size else ""
-            for seeds in own.values()
-        ]
+        cells = [f"{seeds.mean():.0f} ({seeds.min():.0f} to {seeds.max():.0f})" for seeds in own.values()]
         lines.append([method, target, *cells])
     return tables.markdown(["method", "target network", *(f"{rate:g}" for rate in rates)], lines)
 

@@ -79,10 +79,6 @@ class Tried(Protocol):
         """The learning rate."""
 
     @property
-    def diverged(self) -> bool:
-        """Whether it failed."""
-
-    @property
     def score(self) -> float:
         """What is highest at the best rate."""
 

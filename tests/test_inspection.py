@@ -146,12 +146,10 @@ def test_rich_shows_the_same_table():
     inspection = bnp.inspect(layers, state)
     console = rich_console.Console(width=200, record=True, file=io.StringIO())
     console.print(inspection)
-    shown = [line.strip("┃│ ") for line in console.export_text().splitlines()]
-    header, row, *_, caption = str(inspection).splitlines()
-    cells = ["  ".join(line.split()) for line in (header, row)]
-    assert ["  ".join(line.replace("┃", " ").replace("│", " ").split()) for line in (shown[1], shown[3])] == cells
-    assert "[red]" in shown[3]  # no markup
-    assert caption in shown
+    _, *shown = [line.replace("┃", " ").replace("│", " ").split() for line in console.export_text().splitlines()]
+    header, row, *_, caption = [line.split() for line in str(inspection).splitlines()]
+    assert (shown[0], shown[2], shown[-1]) == (header, row, caption)
+    assert "[red]" in row[0]  # no markup
 
 
 def test_without_matplotlib_the_figure_says_what_to_install(monkeypatch):
