@@ -41,12 +41,14 @@ class MLP(nn.Module):
       normalization: the kind of normalization.
       widths: units of the hidden layers.
       group_size: channels of a group, for Group Normalization.
+      dense: the layer of all but the last.
       classes: number of classes.
     """
 
     normalization: Normalization = "none"
     widths: tuple[int, ...] = (100, 100, 100)
     group_size: int = 4
+    dense: Callable[..., Callable[[jax.Array], jax.Array]] = nn.Dense
     classes: int = 10
 
     @nn.compact
@@ -54,7 +56,7 @@ class MLP(nn.Module):
         """Returns the logits."""
         x = x.reshape(x.shape[0], -1)
         for width in self.widths:
-            x = nn.relu(normalize(self.normalization, self.group_size, train, nn.Dense(width)(x)))
+            x = nn.relu(normalize(self.normalization, self.group_size, train, self.dense(width)(x)))
         return nn.Dense(self.classes)(x)
 
 

@@ -44,9 +44,10 @@ OPTIMIZERS = ("Momentum", "Adam", "Muon")
 # Kinds of methods, with an optimizer's name; one with a name of its own is of that optimizer alone.
 DAMPED_MUON = "BNP(Muon), eps_relative=1"
 HEADLINE = ("{}", "{} + BN", "BNP({})")
-KINDS = (*HEADLINE, "{} + BRN", "{} + GN", "scale_by_bnp, {}")
+STANDARDIZED = "{} + WS"  # kernels, and no normalization
+KINDS = (*HEADLINE, STANDARDIZED, "{} + BRN", "{} + GN", "scale_by_bnp, {}")
 # Whose networks do not change when a kernel grows either, without the noise that BN takes from its batch.
-SCALE_INVARIANT = ("Muon + BRN", "Muon + GN", "{} + WS", "BNP(Muon) + GN")
+SCALE_INVARIANT = ("Muon + BRN", "Muon + GN", STANDARDIZED, "BNP(Muon) + GN")
 RESIDUAL = ("{} + BN", "{} + GN", "BNP({})", "BNP({}) + GN")
 LARGEST_NORM = 1.0  # of all gradients together, where they are clipped
 PADDING = 4  # pixels around an augmented image
@@ -188,11 +189,11 @@ def make_model(network: str, kind: str, steps: int) -> nn.Module:
     """Returns a network, with the normalization layers of a kind of methods, for so many steps."""
     name = kind.split(" + ")[-1]
     normalization = make_normalization(name, steps)
+    conv, dense = (contrib_linen.WSConv, contrib_linen.WSDense) if name == "WS" else (nn.Conv, nn.Dense)
     match network:
         case "mlp":
-            return models.MLP(normalization, group_size=MLP_GROUP_SIZE)
+            return models.MLP(normalization, group_size=MLP_GROUP_SIZE, dense=dense)
         case "cnn":
-            conv, dense = (contrib_linen.WSConv, contrib_linen.WSDense) if name == "WS" else (nn.Conv, nn.Dense)
             return models.CNN(normalization, group_size=GROUP_SIZE, conv=conv, dense=dense)
     return models.resnet_20(normalization=normalization)
 

@@ -25,6 +25,7 @@ from protocol import Outcome
 HEADERS = {
     "{}": "alone",
     "{} + BN": "with BN",
+    optimizers.STANDARDIZED: "kernels standardized",
     "{} + BRN": "with Batch Renorm.",
     "{} + GN": "with GN",
     "scale_by_bnp, {}": "behind scale_by_bnp",
@@ -35,6 +36,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "{} + BN": {"color": "#E69F00", "marker": "^"},
     "{} + BRN": {"color": "#D55E00", "marker": "<"},
     "{} + GN": {"color": "#009E73", "marker": "v"},
+    optimizers.STANDARDIZED: {"color": "#CC79A7", "marker": "D"},
     "scale_by_bnp, {}": {"color": "#56B4E9", "marker": "x", "linestyle": "--"},
     "BNP({})": {"color": "#0072B2", "marker": "o"},
 }

@@ -52,7 +52,7 @@ def test_every_method_is_what_its_name_says(setting):
         normalization = kind.split(" + ")[1].split(",")[0] if " + " in kind else ""
         assert bool(state.batch_stats) == (normalization in ("BN", "BRN", "BGN"))
         assert any("norm" in name.lower() for name in state.params) == (normalization not in ("", "WS"))
-        assert any(name.startswith("WSConv") for name in state.params) == (normalization == "WS")
+        assert any(name.startswith("WS") for name in state.params) == (normalization == "WS")
         assert isinstance(state.opt_state, bnp.PreconditionedState) == kind.startswith("BNP")
         if kind == "{}":  # as many moments of every parameter as the optimizer has
             shapes = {leaf.shape for leaf in jax.tree.leaves(state.params)}
