@@ -232,6 +232,7 @@ NORMALIZATION = "scale or shift of a normalization"
 MASKED = "masked kernel: its units see different inputs"
 COMPLEX = "complex parameters or input"
 NOT_ITS_OWN = "its kernel is not a parameter of its own"
+BESIDE = "neither kernel nor bias of its layer"
 NO_CONTRACTION = "its einsum is not the contraction of an input with the kernel"
 
 

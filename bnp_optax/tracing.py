@@ -25,7 +25,7 @@ from jax.extend import core
 from bnp_optax.counting import Counting, RecordError
 from bnp_optax.dataflow import MAPPED, Dataflow, made_in, pairs, primal
 from bnp_optax.layers import Excluded, Layer, Layers, Parameter, Path, layer_name
-from bnp_optax.layouts import Layout, Product, Split
+from bnp_optax.layouts import BESIDE, LAYERS, Layout, Product, Split
 from bnp_optax.moments import InputMoments
 from bnp_optax.records import moments_of, pool_records
 
@@ -119,6 +119,8 @@ class Log:
         """
         site = (*path, product.kernel)
         read = [(*path, name) for name in (product.kernel, product.bias) if name is not None]
+        if isinstance(module, tuple(LAYERS)):
+            self.reasons[path] = BESIDE  # of what a subclass adds
         if not isinstance(product.layout, Layout):
             self.reasons |= dict.fromkeys(read if product.kernel in parameters else [path], product.layout)
             return None

@@ -284,6 +284,22 @@ def test_what_cannot_be_preconditioned_is_excluded_with_the_reason():
     }
 
 
+def test_what_a_subclass_adds_is_excluded_beside_its_layer():
+    class Scaled(nnx.Linear):
+        def __init__(self, *sizes, rngs):
+            super().__init__(*sizes, rngs=rngs)
+            self.gain = nnx.Param(jnp.ones((), jnp.float32))
+
+        def __call__(self, inputs):
+            return super().__call__(inputs) * self.gain[...]
+
+    layers = bnp.nnx.find_layers(Scaled(3, 2, rngs=nnx.Rngs(0)), jnp.ones((5, 3), jnp.float32))
+    assert {parameter.name for parameter in layers["kernel"].parameters} == {"kernel", "bias"}
+    assert {other.path: other.reason for other in layers.excluded} == {
+        ("gain",): "neither kernel nor bias of its layer"
+    }
+
+
 def test_a_bias_that_is_no_parameter_is_a_constant():
     model = make(nnx.Linear, 3, 3)
     model.bias = nnx.Variable(model.bias[...])

@@ -114,8 +114,8 @@ class _Finder(Finder):
             _sow(owner, "/".join(site), explicit_call(site, product, parameters(module)))
 
     def leave(self, module: nn.Module, reason: str) -> None:
-        """Notes the reason."""
-        self.log.reasons[module.path] = reason
+        """Notes the reason, unless what the module multiplies gave one."""
+        self.log.reasons.setdefault(module.path, reason)
 
 
 def _sow(module: nn.Module, kernel: str, call: Call) -> bool:
