@@ -45,7 +45,8 @@ OPTIMIZERS = ("Momentum", "Adam", "Muon")
 DAMPED_MUON = "BNP(Muon), eps_relative=1"
 HEADLINE = ("{}", "{} + BN", "BNP({})")
 STANDARDIZED = "{} + WS"  # kernels, and no normalization
-KINDS = (*HEADLINE, STANDARDIZED, "{} + BRN", "{} + GN", "scale_by_bnp, {}")
+RIVALS = (*HEADLINE, STANDARDIZED)
+KINDS = (*RIVALS, "{} + BRN", "{} + GN", "scale_by_bnp, {}")
 # Whose networks do not change when a kernel grows either, without the noise that BN takes from its batch.
 SCALE_INVARIANT = ("Muon + BRN", "Muon + GN", STANDARDIZED, "BNP(Muon) + GN")
 RESIDUAL = ("{} + BN", "{} + GN", "BNP({})", "BNP({}) + GN")
@@ -159,7 +160,7 @@ SETTINGS = {
     "5-layer CNN": Setting("cnn", "cifar-10", EPOCH, KINDS, E8_CNN),
     "fully connected 3x100": Setting("mlp", "cifar-10", EPOCH, KINDS, E8_MLP),
     FALLING: Setting("cnn", "cifar-10", EPOCH, (*HEADLINE, DAMPED_MUON, *SCALE_INVARIANT), LARGEST, falls=True),
-    "5-layer CNN, ten epochs": Setting("cnn", "cifar-10", 450_000, HEADLINE, E9, falls=True, augment=True),
+    "5-layer CNN, ten epochs": Setting("cnn", "cifar-10", 450_000, RIVALS, E9, falls=True, augment=True),
     "5-layer CNN, gray images": Setting("cnn", "fashion-mnist", EPOCH, HEADLINE, E10),
     "5-layer CNN, large batches": Setting("cnn", "cifar-10", EPOCH, (*HEADLINE, "{} + BGN"), E11),
     "ResNet-20, five epochs": Setting("resnet20", "cifar-10", 225_000, RESIDUAL, E3, falls=True, augment=True),
