@@ -43,26 +43,28 @@ def test_augmented_images_are_the_images_moved_and_mirrored():
 @pytest.mark.parametrize("setting", optimizers.SETTINGS)
 def test_every_method_is_what_its_name_says(setting):
     split = images.load("digits", Path()).train
-    for kind in optimizers.SETTINGS[setting].kinds:
-        own = [name for name in optimizers.OPTIMIZERS if name in kind.format(name)]
-        # Kinds and optimizers do not depend on each other: all optimizers alone, the other kinds with one.
-        for optimizer in own if kind == "{}" else own[:1]:
-            task = optimizers.task(Trial("digits", setting, kind.format(optimizer), 4, 0.0, 20, 0))
-            state = jax.eval_shape(task.init, jax.random.key(0), split.images[:1].astype(np.float32))
-            after, _ = jax.eval_shape(task.step, state, 0.1, split.images[:4].astype(np.float32), split.labels[:4])
-            assert jax.tree.map(lambda leaf: leaf.shape, after) == jax.tree.map(lambda leaf: leaf.shape, state)
-            normalization = kind.split(" + ")[1].split(",")[0] if " + " in kind else ""
-            assert bool(state.batch_stats) == (normalization in ("BN", "BRN", "BGN"))
-            assert any("norm" in name.lower() for name in state.params) == (normalization not in ("", "WS"))
-            assert any(name.startswith("WS") for name in state.params) == (normalization == "WS")
-            assert isinstance(state.opt_state, bnp.PreconditionedState) == kind.startswith("BNP")
-            if kind == "{}":  # as many moments of every parameter as the optimizer has
-                shapes = {leaf.shape for leaf in jax.tree.leaves(state.params)}
-                of_optimizer = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape in shapes]
-                kernels = sum(leaf.ndim > 1 for leaf in jax.tree.leaves(state.params))
-                biases = len(jax.tree.leaves(state.params)) - kernels
-                per_kernel, per_bias = {"Momentum": (1, 1), "Adam": (2, 2), "Muon": (1, 2)}[optimizer]
-                assert len(of_optimizer) == per_kernel * kernels + per_bias * biases
+    names = optimizers.method_names(optimizers.SETTINGS[setting].kinds)
+    for method, (optimizer, kind) in names.items():
+        if optimizer != "Muon" and kind != "{}":
+            continue  # Muon, which alone tells kernels from other parameters, stands for all optimizers
+        task = optimizers.task(Trial("digits", setting, method, 4, 0.0, 20, 0))
+        state = jax.eval_shape(task.init, jax.random.key(0), split.images[:1].astype(np.float32))
+        after, _ = jax.eval_shape(task.step, state, 0.1, split.images[:4].astype(np.float32), split.labels[:4])
+        assert jax.tree.map(lambda leaf: leaf.shape, after) == jax.tree.map(lambda leaf: leaf.shape, state)
+        normalization = kind.split(" + ")[1].split(",")[0] if " + " in kind else ""
+        assert bool(state.batch_stats) == (normalization in ("BN", "BRN", "BGN"))
+        assert any("norm" in name.lower() for name in state.params) == (normalization not in ("", "WS"))
+        standardized = {name.split("_")[0] for name in state.params if name.startswith("WS")}
+        layers = {"cnn": {"WSConv", "WSDense"}, "mlp": {"WSDense"}}.get(optimizers.SETTINGS[setting].network)
+        assert standardized == (layers if normalization == "WS" else set())
+        assert isinstance(state.opt_state, bnp.PreconditionedState) == kind.startswith("BNP")
+        if kind == "{}":  # as many moments of every parameter as the optimizer has
+            shapes = {leaf.shape for leaf in jax.tree.leaves(state.params)}
+            of_optimizer = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape in shapes]
+            kernels = sum(leaf.ndim > 1 for leaf in jax.tree.leaves(state.params))
+            biases = len(jax.tree.leaves(state.params)) - kernels
+            per_kernel, per_bias = {"Momentum": (1, 1), "Adam": (2, 2), "Muon": (1, 2)}[optimizer]
+            assert len(of_optimizer) == per_kernel * kernels + per_bias * biases
 
 
 def test_the_options_of_preconditioned_are_those_of_the_name():
