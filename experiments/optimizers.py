@@ -32,6 +32,7 @@ import programs
 import protocol
 import tables
 import trials
+import weight_norm
 from bnp_optax import contrib
 from bnp_optax.contrib import linen as contrib_linen
 from protocol import Trial
@@ -47,9 +48,12 @@ HEADLINE = ("{}", "{} + BN", "BNP({})")
 STANDARDIZED = "{} + WS"  # kernels, and no normalization
 RIVALS = (*HEADLINE, STANDARDIZED)
 KINDS = (*RIVALS, "{} + BRN", "{} + GN", "scale_by_bnp, {}")
+# A kernel as a direction and a gain, for the optimizer alone: no scale, and nothing else of BN.
+WEIGHT_NORMALIZED = ("WN(Adam)", "BNP(WN(Adam))", "WN(Muon)", "BNP(WN(Muon))")
 # Whose networks do not change when a kernel grows either, without the noise that BN takes from its batch.
 SCALE_INVARIANT = ("Muon + BRN", "Muon + GN", STANDARDIZED, "BNP(Muon) + GN")
 RESIDUAL = ("{} + BN", "{} + GN", "BNP({})", "BNP({}) + GN")
+OUTPUT_LAYER = "Dense_1"  # of the CNN, whose kernel keeps its scale
 LARGEST_NORM = 1.0  # of all gradients together, where they are clipped
 PADDING = 4  # pixels around an augmented image
 QUICK_STEPS, QUICK_RATES = 20, {("Adam", 32): (0.003,)}
@@ -159,7 +163,9 @@ SETTINGS = {
     "a quarter of an epoch": Setting("cnn", "cifar-10", EPOCH // 4, ("BNP({})", *CHANGED, *CLIPPED, *BN), DEFAULTS),
     "5-layer CNN": Setting("cnn", "cifar-10", EPOCH, KINDS, E8_CNN),
     "fully connected 3x100": Setting("mlp", "cifar-10", EPOCH, KINDS, E8_MLP),
-    FALLING: Setting("cnn", "cifar-10", EPOCH, (*HEADLINE, DAMPED_MUON, *SCALE_INVARIANT), LARGEST, falls=True),
+    FALLING: Setting(
+        "cnn", "cifar-10", EPOCH, (*HEADLINE, DAMPED_MUON, *SCALE_INVARIANT, *WEIGHT_NORMALIZED), LARGEST, falls=True
+    ),
     "5-layer CNN, ten epochs": Setting("cnn", "cifar-10", 450_000, RIVALS, E9, falls=True, augment=True),
     "5-layer CNN, gray images": Setting("cnn", "fashion-mnist", EPOCH, HEADLINE, E10),
     "5-layer CNN, large batches": Setting("cnn", "cifar-10", EPOCH, (*HEADLINE, "{} + BGN"), E11),
@@ -253,6 +259,8 @@ def task(trial: Trial) -> trials.Task:
 
     def optimizer(rate: Any, params: optax.Params, x: jax.Array) -> optax.GradientTransformationExtraArgs:
         inner = make_optimizer(name, optax.cosine_decay_schedule(rate, trial.steps) if setting.falls else rate)
+        if "WN(" in kind:
+            inner = weight_norm.weight_normalized(inner, leave=[OUTPUT_LAYER])
         if not (in_variables or behind):
             return optax.with_extra_args_support(inner)
         layers = bnp.linen.find_layers(model, x)

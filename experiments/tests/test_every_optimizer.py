@@ -14,6 +14,7 @@ import optimizers
 import protocol
 import runs
 import trials
+import weight_norm
 from protocol import Outcome, Trial
 
 ANY_TRIAL = Trial("digits", "5-layer CNN", "Adam", 16, 0.1, 20, 0)
@@ -58,6 +59,9 @@ def test_every_method_is_what_its_name_says(setting):
         layers = {"cnn": {"WSConv", "WSDense"}, "mlp": {"WSDense"}}.get(optimizers.SETTINGS[setting].network)
         assert standardized == (layers if normalization == "WS" else set())
         assert isinstance(state.opt_state, bnp.PreconditionedState) == kind.startswith("BNP")
+        own = state.opt_state.inner if kind.startswith("BNP") else state.opt_state
+        lengths = own.lengths if isinstance(own, weight_norm.WeightNormState) else {}
+        assert set(lengths) == ({"Conv_0", "Conv_1", "Conv_2", "Dense_0"} if "WN(" in kind else set())
         if kind == "{}":  # as many moments of every parameter as the optimizer has
             shapes = {leaf.shape for leaf in jax.tree.leaves(state.params)}
             of_optimizer = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape in shapes]
