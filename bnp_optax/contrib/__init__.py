@@ -15,6 +15,7 @@ from bnp_optax.contrib.alignment import (
 from bnp_optax.contrib.batch_group_norm import batch_group_normalize, batch_group_normalize_inference
 from bnp_optax.contrib.batch_renorm import batch_renormalize, batch_renormalize_inference, ramp
 from bnp_optax.contrib.binary import binarize_standardized, binary_sign, block_betas, rprelu
+from bnp_optax.contrib.centred import centre_kernels, centred
 from bnp_optax.contrib.clipping import adaptive_grad_clip
 from bnp_optax.contrib.effective import (
     CriticalLearningRateState,
@@ -54,6 +55,8 @@ __all__ = [
     "binarize_standardized",
     "binary_sign",
     "block_betas",
+    "centre_kernels",
+    "centred",
     "critical_learning_rate",
     "diagnostics",
     "effective_learning_rates",

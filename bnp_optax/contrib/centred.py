@@ -1,0 +1,99 @@
+"""Centred kernels: an optimizer that leaves the mean of every output unit's weights as it is."""
+
+import optax
+
+from bnp_optax.contrib.units import map_layers, sum_over_units, transform_layers
+from bnp_optax.layers import Layer, Layers, check_layers
+from bnp_optax.trees import Weights
+
+
+def centred(inner: optax.GradientTransformation, layers: Layers) -> optax.GradientTransformationExtraArgs:
+    """Runs an optimizer on what is left of every kernel without the mean of each output unit's weights.
+
+    Over the N weights ``w`` that lead to one output, with their gradient ``g`` and the step ``s`` of ``inner``::
+
+        g <- g - mean(g)
+        s <- s - mean(s)
+
+    so that ``mean(w)`` stays what it is: 0 where training begins with :func:`centre_kernels`, which it should. Along
+    the mean a unit sees what all its inputs have in common, as the brightness of a window: of all directions, that in
+    which they vary most, so that it bounds the learning rate. :func:`~bnp_optax.preconditioned` standardizes each input
+    alone and leaves what they have in common. Inside it, ``preconditioned(centred(inner, layers), layers)``, the mean
+    is that of the weights in BNP's variables.
+
+    Biases, and parameters outside ``layers``, are those of ``inner``. Leave the output layer out, and what follows a
+    LayerNorm, whose outputs have nothing in common: ``layers.select(...)``.
+
+    Args:
+      inner: the optimizer, learning rate included.
+      layers: the layers whose kernels are centred.
+
+    Returns:
+      The optimizer. Its updates have the dtypes of those of ``inner``; means are of float32 or wider. ``update`` needs
+      ``params``.
+
+    Raises:
+      ValueError: for ``layers`` without a layer, or with one whose units have a single weight; by ``init`` and
+        ``update`` if ``layers`` does not describe the parameters; by ``update`` without ``params``.
+      TypeError: if ``layers`` is no ``Layers``, or ``inner`` no transformation.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> layers = Layers((Layer.dense(("w",), (2, 1)),))
+      >>> params = {"w": jnp.array([[1.0], [-1.0]])}
+      >>> tx = centred(optax.sgd(1.0), layers)
+      >>> tx.update({"w": jnp.array([[5.0], [3.0]])}, tx.init(params), params)[0]["w"].ravel()
+      Array([-1.,  1.], dtype=float32)
+
+    References:
+      Yong, Huang, Hua, Zhang, Gradient Centralization, ECCV 2020, https://arxiv.org/abs/2004.01461, equation 1, has the
+      first of the two lines. That steps are centred too, so that Adam does not bring a mean back, that kernels begin
+      centred, and the use inside BNP's variables, are choices of this library.
+    """
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(
+            f"inner must be an optax.GradientTransformation, as optax.sgd(0.1) returns it, not {type(inner).__name__}."
+        )
+    _check(layers)
+    centre = transform_layers(lambda layer, updates, weights: _without_mean(layer, updates), layers)
+    return optax.chain(centre, optax.with_extra_args_support(inner), centre)
+
+
+def centre_kernels(params: optax.Params, layers: Layers) -> optax.Params:
+    """Takes the mean of every output unit's weights from a network's kernels, where its training begins.
+
+    Initializers that draw every weight alone leave a unit a mean, ``1 / sqrt(N)`` of the size of a weight; as inputs
+    have much in common, it is a large part of what the unit answers.
+
+    Args:
+      params: the parameters.
+      layers: the layers whose kernels are centred, as for :func:`centred`.
+
+    Returns:
+      The parameters, in the same tree, shapes and dtypes.
+
+    Raises:
+      ValueError: as :func:`centred`.
+      TypeError: if ``layers`` is no ``Layers``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> layers = Layers((Layer.dense(("w",), (2, 1)),))
+      >>> centre_kernels({"w": jnp.array([[5.0], [3.0]])}, layers)["w"].ravel()
+      Array([ 1., -1.], dtype=float32)
+    """
+    _check(layers)
+    return map_layers(lambda layer, weights, _: _without_mean(layer, weights), params, params, layers)
+
+
+def _check(layers: Layers) -> None:
+    check_layers(layers)
+    if single := [layer.path for layer in layers.values() if layer.fan_in < 2]:
+        raise ValueError(
+            f"Each unit of {', '.join(single)} has a single weight, which is its own mean, so that it would never be "
+            "trained. Leave such layers out with layers.select(...)."
+        )
+
+
+def _without_mean(layer: Layer, weights: Weights) -> Weights:
+    return Weights(weights.kernel - sum_over_units(weights.kernel) / layer.fan_in, weights.bias)
