@@ -46,14 +46,16 @@ OPTIMIZERS = ("Momentum", "Adam", "Muon")
 DAMPED_MUON = "BNP(Muon), eps_relative=1"
 HEADLINE = ("{}", "{} + BN", "BNP({})")
 STANDARDIZED = "{} + WS"  # kernels, and no normalization
-RIVALS = (*HEADLINE, STANDARDIZED)
+CENTRED = "BNP(centred({}))"  # kernels, from the start on
+RIVALS = (*HEADLINE, STANDARDIZED, CENTRED)
 KINDS = (*RIVALS, "{} + BRN", "{} + GN", "scale_by_bnp, {}")
 # A kernel as a direction and a gain, for the optimizer alone: no scale, and nothing else of BN.
 WEIGHT_NORMALIZED = ("WN(Adam)", "BNP(WN(Adam))", "WN(Muon)", "BNP(WN(Muon))")
+CENTRED_ALONE = ("centred({})", "centred({}) + BN")  # beside it: which part is BNP's, and what BN makes of the rest
 # Whose networks do not change when a kernel grows either, without the noise that BN takes from its batch.
 SCALE_INVARIANT = ("Muon + BRN", "Muon + GN", STANDARDIZED, "BNP(Muon) + GN")
 RESIDUAL = ("{} + BN", "{} + GN", "BNP({})", "BNP({}) + GN")
-OUTPUT_LAYER = "Dense_1"  # of the CNN, whose kernel keeps its scale
+OUTPUT_LAYERS = {"cnn": "Dense_1", "mlp": "Dense_3"}  # whose kernels keep their scale and their mean
 LARGEST_NORM = 1.0  # of all gradients together, where they are clipped
 PADDING = 4  # pixels around an augmented image
 QUICK_STEPS, QUICK_RATES = 20, {("Adam", 32): (0.003,)}
@@ -164,7 +166,12 @@ SETTINGS = {
     "5-layer CNN": Setting("cnn", "cifar-10", EPOCH, KINDS, E8_CNN),
     "fully connected 3x100": Setting("mlp", "cifar-10", EPOCH, KINDS, E8_MLP),
     FALLING: Setting(
-        "cnn", "cifar-10", EPOCH, (*HEADLINE, DAMPED_MUON, *SCALE_INVARIANT, *WEIGHT_NORMALIZED), LARGEST, falls=True
+        "cnn",
+        "cifar-10",
+        EPOCH,
+        (*HEADLINE, CENTRED, *CENTRED_ALONE, DAMPED_MUON, *SCALE_INVARIANT, *WEIGHT_NORMALIZED),
+        LARGEST,
+        falls=True,
     ),
     "5-layer CNN, ten epochs": Setting("cnn", "cifar-10", 450_000, RIVALS, E9, falls=True, augment=True),
     "5-layer CNN, gray images": Setting("cnn", "fashion-mnist", EPOCH, HEADLINE, E10),
@@ -257,10 +264,19 @@ def task(trial: Trial) -> trials.Task:
     in_variables, behind = "BNP(" in kind, kind.startswith("scale_by_bnp")
     clip = optax.clip_by_global_norm(LARGEST_NORM)
 
+    def to_centre(x: jax.Array) -> bnp.Layers:
+        output = OUTPUT_LAYERS[setting.network]
+        return bnp.linen.find_layers(model, x).select(lambda layer: layer.path != output)
+
+    def start(params: optax.Params, x: jax.Array) -> optax.Params:
+        return contrib.centre_kernels(params, to_centre(x)) if "centred(" in kind else params
+
     def optimizer(rate: Any, params: optax.Params, x: jax.Array) -> optax.GradientTransformationExtraArgs:
         inner = make_optimizer(name, optax.cosine_decay_schedule(rate, trial.steps) if setting.falls else rate)
         if "WN(" in kind:
-            inner = weight_norm.weight_normalized(inner, leave=[OUTPUT_LAYER])
+            inner = weight_norm.weight_normalized(inner, leave=[OUTPUT_LAYERS[setting.network]])
+        if "centred(" in kind:
+            inner = contrib.centred(inner, to_centre(x))
         if not (in_variables or behind):
             return optax.with_extra_args_support(inner)
         layers = bnp.linen.find_layers(model, x)
@@ -271,7 +287,7 @@ def task(trial: Trial) -> trials.Task:
         tx = bnp.preconditioned(inner, layers, **options_of(kind))
         return optax.chain(clip, tx) if kind.startswith("clip, ") else tx
 
-    training = trials.classifier(model, optimizer, records=in_variables or behind)
+    training = trials.classifier(model, optimizer, records=in_variables or behind, start=start)
     return training._replace(batches=augmented_epochs) if setting.augment else training
 
 

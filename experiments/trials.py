@@ -78,6 +78,7 @@ def classifier(
     model: nn.Module,
     optimizer: Callable[[Any, Any, Any], optax.GradientTransformationExtraArgs],
     records: bool = False,
+    start: Callable[[optax.Params, Any], optax.Params] = lambda params, images: params,
 ) -> Task:
     """Returns the training of a network by the cross-entropy of its logits.
 
@@ -85,11 +86,12 @@ def classifier(
       model: the network, called with ``train=True`` in training, and used with its running statistics.
       optimizer: ``(learning rate, parameters, images) -> optimizer``.
       records: whether it wants the records of BNP.
+      start: ``(initialized parameters, images) -> parameters`` that training begins with.
     """
 
     def init(key: jax.Array, x: Any) -> State:
         variables = model.init(key, x)
-        params = variables["params"]
+        params = start(variables["params"], x)
         return State(params, variables.get("batch_stats", {}), optimizer(0.0, params, x).init(params))
 
     def step(state: State, rate: jax.Array, x: Any, y: Any) -> tuple[State, jax.Array]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import bnp_optax as bnp
@@ -62,6 +63,7 @@ def test_every_method_is_what_its_name_says(setting):
         own = state.opt_state.inner if kind.startswith("BNP") else state.opt_state
         lengths = own.lengths if isinstance(own, weight_norm.WeightNormState) else {}
         assert set(lengths) == ({"Conv_0", "Conv_1", "Conv_2", "Dense_0"} if "WN(" in kind else set())
+        assert (isinstance(own, tuple) and own[0] == own[-1] == optax.EmptyState()) == ("centred(" in kind)
         if kind == "{}":  # as many moments of every parameter as the optimizer has
             shapes = {leaf.shape for leaf in jax.tree.leaves(state.params)}
             of_optimizer = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape in shapes]
@@ -69,6 +71,20 @@ def test_every_method_is_what_its_name_says(setting):
             biases = len(jax.tree.leaves(state.params)) - kernels
             per_kernel, per_bias = {"Momentum": (1, 1), "Adam": (2, 2), "Muon": (1, 2)}[optimizer]
             assert len(of_optimizer) == per_kernel * kernels + per_bias * biases
+
+
+def test_centred_kernels_begin_as_the_others_less_their_means():
+    split = images.load("digits", Path()).train
+    start, centred = (
+        optimizers.task(Trial("digits", optimizers.FALLING, method, 4, 0.0, 20, 0))
+        .init(jax.random.key(0), split.images[:1].astype(np.float32))
+        .params
+        for method in ("BNP(Adam)", "BNP(centred(Adam))")
+    )
+    for name, layer in start.items():
+        axes = tuple(range(layer["kernel"].ndim - 1))
+        mean = 0.0 if name == "Dense_1" else layer["kernel"].mean(axes)
+        np.testing.assert_allclose(centred[name]["kernel"], layer["kernel"] - mean, rtol=0, atol=1e-6)
 
 
 def test_the_options_of_preconditioned_are_those_of_the_name():
