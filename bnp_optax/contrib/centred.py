@@ -16,10 +16,10 @@ def centred(inner: optax.GradientTransformation, layers: Layers) -> optax.Gradie
         s <- s - mean(s)
 
     so that ``mean(w)`` stays what it is: 0 where training begins with :func:`centre_kernels`, which it should. Along
-    the mean a unit sees what its inputs have in common, as the brightness of a window, which varies many times as much
-    as they do in other directions. :func:`~bnp_optax.preconditioned` standardizes each input alone and leaves what they
-    have in common. Inside it, ``preconditioned(centred(inner, layers), layers)``, the mean is that of the weights in
-    BNP's variables.
+    the mean a unit sees what its inputs have in common, as the brightness of a window, which may vary many times as
+    much as they do along the average direction. :func:`~bnp_optax.preconditioned` standardizes each input alone and
+    leaves what they have in common. Inside it, ``preconditioned(centred(inner, layers), layers)``, the mean is that of
+    the weights in BNP's variables.
 
     Biases, and parameters outside ``layers``, are those of ``inner``. Leave the output layer out, and what follows a
     LayerNorm, whose outputs have nothing in common: ``layers.select(...)``.
