@@ -18,6 +18,7 @@ from bnp_optax.records import find_records
 from bnp_optax.sharding import with_auto_axes
 from bnp_optax.statistics import OLD_STATE, Options, Statistics, Table, absorb, check, coordinates, initial, tabulate
 from bnp_optax.trees import LayerTree, Weights, from_canonical, to_canonical
+from bnp_optax.wrapping import checked_inner
 
 Scaling = Literal["examples", "none"]
 
@@ -207,12 +208,7 @@ def preconditioned(
       The variables are those of Lange, Helfrich, Ye, JMLR 23(72), 2022; other optimizers than gradient
       descent in them are an extension of this library.
     """
-    if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(
-            "inner must be an optax.GradientTransformation, as optax.adam(1e-3) returns it, not "
-            f"{type(inner).__name__}."
-        )
-    inner = optax.with_extra_args_support(inner)
+    inner = checked_inner(inner)
     variables = _Variables(layers, decay, eps_relative, eps, variance, scaling, prior_examples)
 
     def init_fn(params: optax.Params) -> PreconditionedState:

@@ -5,6 +5,7 @@ import optax
 from bnp_optax.contrib.units import map_layers, sum_over_units, transform_layers
 from bnp_optax.layers import Layer, Layers, check_layers
 from bnp_optax.trees import Weights
+from bnp_optax.wrapping import checked_inner
 
 
 def centred(inner: optax.GradientTransformation, layers: Layers) -> optax.GradientTransformationExtraArgs:
@@ -50,13 +51,10 @@ def centred(inner: optax.GradientTransformation, layers: Layers) -> optax.Gradie
       first of the two lines. That steps are centred too, so that Adam does not bring a mean back, that kernels begin
       centred, and the use inside BNP's variables, are choices of this library.
     """
-    if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(
-            f"inner must be an optax.GradientTransformation, as optax.sgd(0.1) returns it, not {type(inner).__name__}."
-        )
+    inner = checked_inner(inner)
     _check(layers)
     centre = transform_layers(lambda layer, updates, weights: _without_mean(layer, updates), layers)
-    return optax.chain(centre, optax.with_extra_args_support(inner), centre)
+    return optax.chain(centre, inner, centre)
 
 
 def centre_kernels(params: optax.Params, layers: Layers) -> optax.Params:

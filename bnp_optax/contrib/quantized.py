@@ -15,6 +15,7 @@ import optax
 from jax.typing import ArrayLike
 
 from bnp_optax.bnp import NUMBERS
+from bnp_optax.wrapping import checked_inner
 
 Rounding = Literal["stochastic", "nearest"]
 
@@ -139,16 +140,12 @@ def quantize_updates(
       begin by Fixup. Its rule could not be had. This one is derived, and not the paper's; stochastic rounding is that
       of gradients in the code of the first author's earlier method, WAGEUBN.
     """
-    if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(
-            f"inner must be an optax.GradientTransformation, as optax.sgd(0.1) returns it, not {type(inner).__name__}."
-        )
+    inner = checked_inner(inner)
     check_grid(bits, limit)
     if rounding not in get_args(Rounding):
         raise ValueError(f"rounding must be one of {', '.join(map(repr, get_args(Rounding)))}, but is {rounding!r}.")
     if not _is_key(key) and jnp.ndim(key):
         raise TypeError("key must be a seed or a key of jax.random.key(seed), not one of jax.random.PRNGKey.")
-    inner = optax.with_extra_args_support(inner)
     first_key = key if _is_key(key) else jax.random.key(key)
     quantizer = _quantizer(bits, limit, rounding)
     if mask is not None:

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from bnp_optax.bnp import NUMBERS
+from bnp_optax.wrapping import checked_inner
 
 
 class TrajectoryRegularizedState(NamedTuple):
@@ -89,15 +90,11 @@ def trajectory_regularized(
       https://github.com/huiqu18/TRAlgorithm. That any optimizer may be inside, and in which precision all is computed,
       are choices of this library.
     """
-    if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(
-            f"inner must be an optax.GradientTransformation, as optax.sgd(0.1) returns it, not {type(inner).__name__}."
-        )
+    inner = checked_inner(inner)
     if isinstance(pull, NUMBERS) and not 0 <= pull < float("inf"):
         raise ValueError(f"pull must be finite and not negative, but is {pull}.")
     if isinstance(period, NUMBERS) and not (period >= 1 and period % 1 == 0):
         raise ValueError(f"period must be a number of steps, at least 1, but is {period}.")
-    inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> TrajectoryRegularizedState:
         # a copy, so that parameters and state can both be donated
