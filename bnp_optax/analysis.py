@@ -14,7 +14,6 @@ References:
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.flatten_util
@@ -22,9 +21,9 @@ import jax.numpy as jnp
 import optax
 
 from bnp_optax.coordinates import Coordinates
-from bnp_optax.layers import Layer, Path
+from bnp_optax.layers import Layer, Layers
 from bnp_optax.statistics import Statistics, coordinates, tabulate
-from bnp_optax.trees import Weights, as_path, from_canonical, to_canonical
+from bnp_optax.trees import LayerTree, Weights, from_canonical, to_canonical
 
 try:
     from matfree import decomp, eig
@@ -68,7 +67,8 @@ def preconditioner(layer: Layer, statistics: Statistics) -> jax.Array:
              [-3., -5.,  1.]], dtype=float32)
     """
     from_z = _change_of_variables(layer, statistics)
-    matrix: jax.Array = jax.jacfwd(from_z)(_zeros(layer, statistics.mean.dtype))
+    zeros = jnp.zeros(sum(parameter.size for parameter in layer.parameters), statistics.mean.dtype)
+    matrix: jax.Array = jax.jacfwd(from_z)(zeros)
     return matrix
 
 
@@ -95,8 +95,7 @@ def hessian(loss_fn: LossFn, params: optax.Params, layer: Layer, batch_size: int
       Array([[10., 14.],
              [14., 20.]], dtype=float32)
     """
-    product = _hessian_product(loss_fn, params, layer)
-    zeros = _zeros(layer, _leaf(params, layer.kernel.path).dtype)
+    product, zeros = _hessian_product(loss_fn, params, layer)
     matrix: jax.Array = jax.lax.map(product, jnp.eye(zeros.size, dtype=zeros.dtype), batch_size=batch_size)
     return matrix
 
@@ -165,8 +164,7 @@ def top_eigenvalue(
       >>> print(top_eigenvalue(loss_fn, {"w": jnp.ones((3, 1))}, layer).round(4))
       7.0
     """
-    zeros = _zeros(layer, _leaf(params, layer.kernel.path).dtype)
-    product = _hessian_product(loss_fn, params, layer)
+    product, zeros = _hessian_product(loss_fn, params, layer)
     if statistics is not None:
         from_z = _change_of_variables(layer, statistics)
         transposed = jax.linear_transpose(from_z, zeros)
@@ -202,28 +200,18 @@ def _change_of_variables(layer: Layer, statistics: Statistics) -> Callable[[jax.
     return from_z
 
 
-def _hessian_product(loss_fn: LossFn, params: optax.Params, layer: Layer) -> Callable[[jax.Array], jax.Array]:
-    """Returns the function v -> H v on a layer's vectors."""
-    values = {parameter.path: _leaf(params, parameter.path) for parameter in layer.parameters}
-    vector, unravel = jax.flatten_util.ravel_pytree(list(values.values()))
+def _hessian_product(
+    loss_fn: LossFn, params: optax.Params, layer: Layer
+) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
+    """Returns the function v -> H v on a layer's vectors, and a vector of zeros."""
+    tree = LayerTree.of(params, Layers((layer,)))
+    vector, unravel = jax.flatten_util.ravel_pytree(tree.weights[layer.path])
 
     def loss_of_layer(vector: jax.Array) -> jax.Array:
-        own = dict(zip(values, unravel(vector), strict=True))
-        return loss_fn(jax.tree_util.tree_map_with_path(lambda keys, leaf: own.get(as_path(keys), leaf), params))
+        return loss_fn(tree.replace({layer.path: unravel(vector)}).unflatten())
 
     def product(v: jax.Array) -> jax.Array:
         _, derivative = jax.jvp(jax.grad(loss_of_layer), (vector,), (v,))
         return jnp.asarray(derivative)
 
-    return product
-
-
-def _zeros(layer: Layer, dtype: Any) -> jax.Array:
-    return jnp.zeros(sum(parameter.size for parameter in layer.parameters), dtype)
-
-
-def _leaf(tree: Any, path: Path) -> Any:
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if as_path(keys) == path:
-            return leaf
-    raise ValueError(f"The tree holds no {'/'.join(path)}. Pass the parameters that find_layers described.")
+    return product, jnp.zeros_like(vector)
