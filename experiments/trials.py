@@ -144,7 +144,7 @@ class Experiment(NamedTuple):
     fit: bool = False
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)  # of many methods in turn, each with programs of its own
 def compiled(make: Callable[[Trial], Task], trial: Trial, mean: float, deviation: float) -> Task:
     """Returns the task of a trial compiled, its images unsigned bytes."""
     task = make(trial)
