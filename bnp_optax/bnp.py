@@ -10,26 +10,26 @@ import optax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
+from bnp_optax.arguments import checked_inner, is_known
 from bnp_optax.coordinates import Coordinates
 from bnp_optax.layers import Layer, Layers, check_layers
 from bnp_optax.moments import InputMoments, VarianceRule, statistics_dtype
 from bnp_optax.packing import Packing
 from bnp_optax.records import find_records
 from bnp_optax.sharding import with_auto_axes
-from bnp_optax.statistics import OLD_STATE, Options, Statistics, Table, absorb, check, coordinates, initial, tabulate
+from bnp_optax.statistics import RESTORE, Options, Statistics, Table, absorb, check, coordinates, initial, tabulate
 from bnp_optax.trees import LayerTree, Weights, from_canonical, to_canonical
-from bnp_optax.wrapping import checked_inner
 
 Scaling = Literal["examples", "none"]
-
-# What an option's range is checked for: an injected hyperparameter is a JAX array, whose value may be traced.
-NUMBERS = (int, float, np.number)
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _KeepStatistics:
     def __repr__(self) -> str:
+        return "KEEP_STATISTICS"
+
+    def __reduce__(self) -> str:  # by its name, so that a copy, or what comes out of a pickle, is the same object
         return "KEEP_STATISTICS"
 
 
@@ -225,7 +225,7 @@ def preconditioned(
         **extra_args: Any,
     ) -> tuple[optax.Updates, PreconditionedState]:
         if not isinstance(state, PreconditionedState):
-            raise TypeError(f"The state must be what init returned, not {type(state).__name__}. {OLD_STATE}")
+            raise TypeError(f"The state must be what init returned, not {type(state).__name__}. {RESTORE}")
         gradients = LayerTree.of(updates, layers)
         statistics, table = variables.refresh(state.statistics, gradients.layers, intermediates)
         z_gradients = variables.map(Coordinates.gradient_in_z, table, gradients)
@@ -287,14 +287,13 @@ def bnp_sgd(
       Lange, Helfrich, Ye, Batch Normalization Preconditioning for Neural Network Training,
       JMLR 23(72), 2022, https://arxiv.org/abs/2108.01110
     """
-    known_weight_decay = isinstance(weight_decay, NUMBERS)
-    if known_weight_decay and not float(weight_decay) >= 0:  # type: ignore[arg-type]  # ArrayLike may be complex
+    if is_known(weight_decay) and not weight_decay >= 0:
         raise ValueError(f"weight_decay must not be negative, but is {weight_decay}.")
     return optax.chain(
         scale_by_bnp(
             layers, decay, eps_relative, eps, variance=variance, scaling=scaling, prior_examples=prior_examples
         ),
-        optax.identity() if known_weight_decay and weight_decay == 0 else optax.add_decayed_weights(weight_decay),
+        optax.identity() if is_known(weight_decay) and weight_decay == 0 else optax.add_decayed_weights(weight_decay),
         optax.sgd(learning_rate, momentum, nesterov),
     )
 
@@ -331,7 +330,8 @@ class _Variables:
                 f"The parameters hold {', '.join(unlisted[:6])}{', ...' if len(unlisted) > 6 else ''}, which the pass "
                 "that find_layers saw does not have. Join what it finds in each method, find_layers(..., method=a) | "
                 "find_layers(..., method=b); what no layer of the model has passes unchanged with "
-                "dataclasses.replace(layers, complete=False)."
+                "dataclasses.replace(layers, complete=False). Collections beside the parameters, as batch_stats, are "
+                "not for an optimizer: tx.init(variables['params'])."
             )
         kernels = [kernel for kernel, _ in tree.weights.values()]
         dtype = statistics_dtype(np.result_type(np.float32, *(kernel.dtype for kernel in kernels)))
@@ -347,7 +347,8 @@ class _Variables:
                 "update wants intermediates=, the records that capture(model)(...) returned beside the output, or "
                 "KEEP_STATISTICS. What stands between your loop and update has to hand it on, as optax.chain and "
                 "bnp_optax.linen.TrainState do; where something drops it, bind it: "
-                "functools.partial(tx.update, intermediates=records)."
+                "functools.partial(tx.update, intermediates=records). If this is an optimizer inside preconditioned, "
+                "take BNP out of it: it would be applied twice."
             )
         records = None if intermediates is KEEP_STATISTICS else find_records(layers.values(), intermediates)
 
@@ -382,16 +383,17 @@ def _check(
     layers: Any, decay: Any, eps_relative: Any, eps: Any, variance: Any, scaling: Any, prior_examples: Any
 ) -> None:
     check_layers(layers)
-    if isinstance(decay, NUMBERS) and not 0 <= decay < 1:
+    if is_known(decay) and not 0 <= decay < 1:
         raise ValueError(f"decay must be in [0, 1), but is {decay}.")
     for name, value in (("eps_relative", eps_relative), ("eps", eps), ("prior_examples", prior_examples)):
-        if isinstance(value, NUMBERS) and not 0 <= value < float("inf"):
+        if is_known(value) and not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be finite and not negative, but is {value}.")
     if variance not in get_args(VarianceRule):
         names = ", ".join(map(repr, get_args(VarianceRule)))
         raise ValueError(f"variance must be one of {names}, but is {variance!r}.")
-    if isinstance(scaling, NUMBERS) and not 0 < scaling < float("inf"):
+    if is_known(scaling) and not 0 < scaling < float("inf"):
         raise ValueError(f"scaling must be a positive number of examples or the name of a rule, but is {scaling}.")
-    if not isinstance(scaling, (*NUMBERS, jax.Array)) and scaling not in get_args(Scaling):
+    is_rule = isinstance(scaling, str) and scaling in get_args(Scaling)
+    if not (is_rule or is_known(scaling) or isinstance(scaling, jax.Array)):
         names = ", ".join(map(repr, get_args(Scaling)))
         raise ValueError(f"scaling must be a number of examples or one of {names}, but is {scaling!r}.")

@@ -16,18 +16,14 @@ from bnp_optax.layers import Layer
 from bnp_optax.moments import InputMoments, VarianceRule
 from bnp_optax.packing import Packing
 
-_RESTORE = "If it comes from a checkpoint, restore one of this model; if the model has changed, call init again."
-OLD_STATE = (
-    "A state of bnp_optax from before 0.1, of trees structured like the parameters, does not fit: restore the rest of "
-    "the checkpoint and take this state from init; the statistics are estimated anew within some hundred examples."
-)
+RESTORE = "If it comes from a checkpoint, restore one of this model; if the model has changed, call init again."
 
 
 class LayerStatistics(NamedTuple):
     """The running statistics of one layer.
 
     Attributes:
-      mean: running mean of its input, ``[stack, group, input]``, float32 (float64 if any parameter is).
+      mean: running mean of its input, ``[stack, group, input]``, float32 (float64 if any kernel is).
       variance: running variance, same shape and dtype.
       damping: ``eps1 max(variance) + eps2``, what the variance of every input of a unit is increased by,
         ``[stack, group]``; of a layer without a bias the raw second moment stands for the variance.
@@ -158,7 +154,8 @@ def absorb(
     Args:
       statistics: those before it.
       records: the moments of the layers' inputs by path, in canonical shape. A layer without a record, and one whose
-        record has no positions, stays as it is; so does one whose moments are not finite, which counts that.
+        record has no positions or no examples, stays as it is; so does one whose moments are not finite, which counts
+        that.
       options: how the batch is absorbed.
       layers: the layers by path; those without a bias are damped by their raw second moment.
     """
@@ -173,7 +170,8 @@ def absorb(
     moment = jnp.where(jnp.isfinite(mean), _moment(packing, mean, variance, layers), jnp.nan)
     largest = packing.over_inputs(jnp.max, moment)
     finite = packing.over_groups(jnp.all, jnp.isfinite(largest))
-    called = ~(batch.positions <= 0)  # not, for instance, in a branch that was not taken; a nan is to be skipped
+    # not, for instance, in a branch that was not taken; a nan is to be skipped
+    called = ~((batch.positions <= 0) | (batch.examples <= 0))
     accept = finite & called
     accept_row = packing.entries_to_rows(accept)
     accept_input = packing.rows_to_inputs(accept_row)
@@ -279,18 +277,18 @@ def check(statistics: Any, packing: Packing) -> None:
       ValueError: if they are of other layers; names the first that differs.
     """
     if not isinstance(statistics, Statistics):
-        raise TypeError(f"The state must be what init returned, not {type(statistics).__name__}. {OLD_STATE}")
+        raise TypeError(f"The state must be what init returned, not {type(statistics).__name__}. {RESTORE}")
     saved, needed = dict(statistics.packing.shapes), dict(packing.shapes)
     for path in (*needed, *saved):
         if saved.get(path) != needed.get(path):
             raise ValueError(
                 f"The state's moments of {path} have shape {saved.get(path)}, but the layers need {needed.get(path)} "
-                f"(stack, group, input). {_RESTORE}"
+                f"(stack, group, input). {RESTORE}"
             )
     for name, kind in _NUMBERS_OF.items():
         needed_shape = (packing.size[_RANKS[kind] - 1],)
         if (shape := jnp.shape(getattr(statistics, name))) != needed_shape:
-            raise ValueError(f"The state's {name} has shape {shape}, but the layers need {needed_shape}. {_RESTORE}")
+            raise ValueError(f"The state's {name} has shape {shape}, but the layers need {needed_shape}. {RESTORE}")
 
 
 def _to_state_dict(statistics: Statistics) -> dict[str, dict[str, jax.Array]]:
@@ -299,18 +297,15 @@ def _to_state_dict(statistics: Statistics) -> dict[str, dict[str, jax.Array]]:
 
 def _from_state_dict(target: Statistics, state: Mapping[str, Any]) -> Statistics:
     if differing := sorted(set(target) ^ set(state)):
-        remedy = OLD_STATE if {"mean", "variance"} <= set(differing) else _RESTORE
-        raise ValueError(f"The saved and the needed statistics differ in having {', '.join(differing)}. {remedy}")
+        raise ValueError(f"The saved and the needed statistics differ in having {', '.join(differing)}. {RESTORE}")
     parts: dict[str, list[Any]] = {name: [] for name in LayerStatistics._fields}
     for path in target:
         for name, needed in target[path]._asdict().items():
             if name not in state[path]:
-                raise ValueError(f"The saved statistics of {path} have no {name}. {_RESTORE}")
+                raise ValueError(f"The saved statistics of {path} have no {name}. {RESTORE}")
             saved = np.asarray(state[path][name])
             if saved.shape != needed.shape:
-                raise ValueError(
-                    f"{name} of {path} was saved in shape {saved.shape}, but is {needed.shape}. {_RESTORE}"
-                )
+                raise ValueError(f"{name} of {path} was saved in shape {saved.shape}, but is {needed.shape}. {RESTORE}")
             parts[name].append(saved.ravel())
     arrays: dict[str, Any] = {name: np.concatenate(own) for name, own in parts.items()}
     return Statistics(target.packing, **arrays)

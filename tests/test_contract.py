@@ -3,7 +3,9 @@
 Those of Optax's wrappers are in test_wrappers.py.
 """
 
+import copy
 import dataclasses
+import pickle
 
 import chex
 import flax
@@ -203,6 +205,11 @@ def test_masked_and_partitioned_layers_are_preconditioned_as_alone(entry, tx):
 # Statistics: what is absorbed, kept, skipped.
 
 
+def test_a_copy_of_the_wish_to_keep_statistics_is_the_same():
+    for copied in (copy.deepcopy(bnp.KEEP_STATISTICS), pickle.loads(pickle.dumps(bnp.KEEP_STATISTICS))):  # noqa: S301
+        assert copied is bnp.KEEP_STATISTICS
+
+
 def test_statistics_are_kept_where_the_user_says_so(entry):
     """Under decay 0 they are the last batch's, so that keeping them is absorbing that batch again."""
     tx = compiled(entry.make(problem().layers, decay=0.0, prior_examples=None))
@@ -244,14 +251,19 @@ def test_counter_of_examples_saturates(dense):
 
 
 @pytest.mark.parametrize("prior", [None, 0, 128])
-def test_layer_without_positions_keeps_its_statistics_and_counts_nothing(entry, prior):
+def test_layer_without_positions_or_examples_keeps_its_statistics_and_counts_nothing(entry, prior):
     tx, params = compiled(entry.make(DENSE, prior_examples=prior)), dense_params()
     start = tx.init(params)
     _, before = dense_update(tx, start, [[1.0, 2, 3], [2, 2, 0]])
-    empty = jax.tree.map(jnp.zeros_like, dense_record(np.ones((2, 3))))
+    record = dense_record(np.ones((2, 3)))
+    no_positions = jax.tree.map(jnp.zeros_like, record)
+    no_examples = {"w": dataclasses.replace(record["w"], count=jnp.zeros_like(record["w"].count))}
     for state in (before, start):
-        _, after = tx.update(params, state, params, intermediates=empty)
-        chex.assert_trees_all_equal(statistics_in(after), statistics_in(state))
+        kept, _ = tx.update(params, state, params, intermediates=bnp.KEEP_STATISTICS)
+        for records in (no_positions, no_examples):
+            updates, after = tx.update(params, state, params, intermediates=records)
+            chex.assert_trees_all_equal(statistics_in(after), statistics_in(state))
+            chex.assert_trees_all_equal(updates, kept)
 
 
 # Hyperparameters.
@@ -299,6 +311,9 @@ def test_injected_schedules_equal_plain_numbers_at_each_step(entry):
         ({"scaling": "exmples"}, "but is 'exmples'"),
         ({"scaling": 0}, "scaling must be a positive number of examples or the name of a rule, but is 0"),
         ({"scaling": float("nan")}, "scaling must be a positive number"),
+        ({"scaling": np.array(-16.0)}, "scaling must be a positive number of examples .* but is -16"),
+        ({"scaling": np.ones(3)}, "scaling must be a number of examples or one of"),
+        ({"decay": np.array(2.0)}, r"decay must be in \[0, 1\), but is 2"),
     ],
 )
 def test_options_out_of_range_are_refused(entry, options, message):
@@ -375,11 +390,8 @@ def test_a_state_of_fewer_layers_is_refused(entry):
         update(abstract(entry.make(p.layers)), fewer, records=bnp.KEEP_STATISTICS)
 
 
-def test_what_is_no_state_is_refused_with_a_word_about_old_ones(entry):
+def test_what_is_no_state_is_refused(entry):
     tx = abstract(entry.make(DENSE))
-    tree = {"w": jnp.zeros((1, 1, 3)), "b": 0}
-    old = map_statistics(
-        lambda _: dict.fromkeys(("mean", "variance", "scale", "seen", "skipped"), tree), tx.init(dense_params())
-    )
-    with pytest.raises(TypeError, match=r"what init returned, not dict\. A state of bnp_optax from before 0\.1"):
-        dense_update(tx, old, np.ones((2, 3)))
+    other = map_statistics(lambda statistics: {"mean": statistics.mean}, tx.init(dense_params()))
+    with pytest.raises(TypeError, match=r"what init returned, not dict\. If it comes from a checkpoint"):
+        dense_update(tx, other, np.ones((2, 3)))

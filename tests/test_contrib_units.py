@@ -7,13 +7,14 @@ import chex
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import init, normal
 from hypothesis import given
 from hypothesis import strategies as st
 
 import bnp_optax as bnp
-from bnp_optax.contrib.units import map_layers, sum_over_units, unit_norms
+from bnp_optax.contrib.units import map_layers, sum_over_units, transform_layers, unit_norms
 from bnp_optax.trees import Weights, to_canonical
 
 # Each layer with the axes of its kernel, in Flax's own shape, that hold one output unit's weights.
@@ -94,9 +95,14 @@ def test_layers_are_changed_in_wide_numbers_and_come_back_as_they_were():
     chex.assert_trees_all_equal_dtypes(new, tree)
 
 
-def test_parameters_are_needed():
+def test_parameters_may_be_needed():
+    tree = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    of_parameters = transform_layers(lambda layer, update, weights: weights, LAYER)
     with pytest.raises(ValueError, match=r"needs the parameters: call update\(updates, state, params\)"):
-        map_layers(lambda layer, update, weights: update, {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, None, LAYER)
+        of_parameters.update(tree, of_parameters.init(tree))
+    of_updates = transform_layers(lambda layer, update, weights: weights or update, LAYER, needs_params=False)
+    for params in (None, optax.tree.zeros_like(tree)):
+        chex.assert_trees_all_equal(of_updates.update(tree, of_updates.init(tree), params)[0], tree)
 
 
 def test_the_package_is_imported_on_demand():

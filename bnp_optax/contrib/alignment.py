@@ -25,6 +25,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike, DTypeLike
 
+from bnp_optax.arguments import checked_inner, is_known, required_params
 from bnp_optax.moments import statistics_dtype
 
 # Of the gated head, by default: the slope, and the initializers by the inputs of each output's own units.
@@ -318,14 +319,11 @@ def explore_then_exploit(
       Kawaguchi, Zhang, Deng, 2022, https://arxiv.org/abs/2106.14836. Recalled are both phases, and a noise on the
       parameters between them, which is left out here: the residual tells whether targets can be reached without.
     """
-    for name, tx in (("exploration", exploration), ("exploitation", exploitation)):
-        if not isinstance(tx, optax.GradientTransformation):
-            raise TypeError(f"{name} must be an optimizer of Optax, as optax.sgd(0.1), but is {type(tx).__name__}.")
-    if isinstance(steps, (int, float, np.number)) and not steps >= 0:
+    explore = checked_inner(exploration, "exploration")
+    if is_known(steps) and not steps >= 0:
         raise ValueError(f"steps must be a number of steps, at least 0, but is {steps}.")
     mask = functools.partial(_select, hidden)
-    explore = optax.with_extra_args_support(exploration)
-    exploit = optax.masked(exploitation, mask, mask_compatible_extra_args=True)
+    exploit = optax.masked(checked_inner(exploitation, "exploitation"), mask, mask_compatible_extra_args=True)
 
     def init_fn(params: optax.Params) -> ExploreThenExploitState:
         return ExploreThenExploitState(jnp.zeros((), jnp.int32), explore.init(params), exploit.init(params))
@@ -333,8 +331,7 @@ def explore_then_exploit(
     def update_fn(
         updates: optax.Updates, state: ExploreThenExploitState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, ExploreThenExploitState]:
-        if params is None:
-            raise ValueError("This transformation needs the parameters: call update(updates, state, params).")
+        params = required_params(params)
         selected = mask(params)
 
         def in_dtype(new: Any) -> Any:

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from bnp_optax.arguments import is_known
 from bnp_optax.contrib.normalization import as_kept, as_real, batch_moments, feature_axes, moving_average
 
 
@@ -27,10 +27,9 @@ def check_limits(r_max: ArrayLike, d_max: ArrayLike) -> None:
     Raises:
       ValueError: if ``r_max`` is below 1, ``d_max`` is negative, or one is no number.
     """
-    numbers = (int, float, np.number)  # an array may be traced
-    if isinstance(r_max, numbers) and not r_max >= 1:
+    if is_known(r_max) and not r_max >= 1:
         raise ValueError(f"r_max is {r_max}, which must be 1 or more: r is clipped to [1 / r_max, r_max].")
-    if isinstance(d_max, numbers) and not d_max >= 0:
+    if is_known(d_max) and not d_max >= 0:
         raise ValueError(f"d_max is {d_max}, which must be 0 or more: d is clipped to [-d_max, d_max].")
 
 

@@ -2,10 +2,10 @@
 
 import optax
 
+from bnp_optax.arguments import checked_inner
 from bnp_optax.contrib.units import map_layers, sum_over_units, transform_layers
 from bnp_optax.layers import Layer, Layers, check_layers
 from bnp_optax.trees import Weights
-from bnp_optax.wrapping import checked_inner
 
 
 def centred(inner: optax.GradientTransformation, layers: Layers) -> optax.GradientTransformationExtraArgs:
@@ -19,8 +19,9 @@ def centred(inner: optax.GradientTransformation, layers: Layers) -> optax.Gradie
     so that ``mean(w)`` stays what it is: 0 where training begins with :func:`centre_kernels`, which it should. Along
     the mean a unit sees what its inputs have in common, as the brightness of a window, which may vary many times as
     much as they do along the average direction. :func:`~bnp_optax.preconditioned` standardizes each input alone and
-    leaves what they have in common. Inside it, ``preconditioned(centred(inner, layers), layers)``, the mean is that of
-    the weights in BNP's variables.
+    leaves what they have in common. Inside it, ``preconditioned(centred(inner, layers), layers)``, gradients and steps
+    are those in BNP's variables: no step changes the mean there, but the variables themselves move with the statistics,
+    so that the mean of neither these nor the kernel is kept to the digit.
 
     Biases, and parameters outside ``layers``, are those of ``inner``. Leave the output layer out, and what follows a
     LayerNorm, whose outputs have nothing in common: ``layers.select(...)``.
@@ -30,12 +31,11 @@ def centred(inner: optax.GradientTransformation, layers: Layers) -> optax.Gradie
       layers: the layers whose kernels are centred.
 
     Returns:
-      The optimizer. Its updates have the dtypes of those of ``inner``; means are of float32 or wider. ``update`` needs
-      ``params``.
+      The optimizer. Its updates have the dtypes of those of ``inner``; means are of float32 or wider.
 
     Raises:
       ValueError: for ``layers`` without a layer, or with one whose units have a single weight; by ``init`` and
-        ``update`` if ``layers`` does not describe the parameters; by ``update`` without ``params``.
+        ``update`` if ``layers`` does not describe the parameters.
       TypeError: if ``layers`` is no ``Layers``, or ``inner`` no transformation.
 
     Example:
@@ -43,7 +43,7 @@ def centred(inner: optax.GradientTransformation, layers: Layers) -> optax.Gradie
       >>> layers = Layers((Layer.dense(("w",), (2, 1)),))
       >>> params = {"w": jnp.array([[1.0], [-1.0]])}
       >>> tx = centred(optax.sgd(1.0), layers)
-      >>> tx.update({"w": jnp.array([[5.0], [3.0]])}, tx.init(params), params)[0]["w"].ravel()
+      >>> tx.update({"w": jnp.array([[5.0], [3.0]])}, tx.init(params))[0]["w"].ravel()
       Array([-1.,  1.], dtype=float32)
 
     References:
@@ -53,7 +53,7 @@ def centred(inner: optax.GradientTransformation, layers: Layers) -> optax.Gradie
     """
     inner = checked_inner(inner)
     _check(layers)
-    centre = transform_layers(lambda layer, updates, weights: _without_mean(layer, updates), layers)
+    centre = transform_layers(_without_mean, layers, needs_params=False)
     return optax.chain(centre, inner, centre)
 
 
@@ -81,7 +81,7 @@ def centre_kernels(params: optax.Params, layers: Layers) -> optax.Params:
       Array([ 1., -1.], dtype=float32)
     """
     _check(layers)
-    return map_layers(lambda layer, weights, _: _without_mean(layer, weights), params, params, layers)
+    return map_layers(_without_mean, params, None, layers)
 
 
 def _check(layers: Layers) -> None:
@@ -93,5 +93,5 @@ def _check(layers: Layers) -> None:
         )
 
 
-def _without_mean(layer: Layer, weights: Weights) -> Weights:
+def _without_mean(layer: Layer, weights: Weights, _: None) -> Weights:
     return Weights(weights.kernel - sum_over_units(weights.kernel) / layer.fan_in, weights.bias)

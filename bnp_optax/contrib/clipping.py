@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from bnp_optax.bnp import NUMBERS
+from bnp_optax.arguments import is_known
 from bnp_optax.contrib.units import transform_layers, unit_norms
 from bnp_optax.layers import Layer, Layers
 from bnp_optax.trees import Weights
@@ -68,9 +68,9 @@ def adaptive_grad_clip(
       of a grouped, transposed or stacked kernel is, and that a bias of several axes is one vector, are choices of this
       library.
     """
-    if isinstance(clipping, NUMBERS) and not clipping > 0:
+    if is_known(clipping) and not clipping > 0:
         raise ValueError(f"clipping must be positive, but is {clipping}.")
-    if isinstance(eps, NUMBERS) and not 0 <= eps < float("inf"):
+    if is_known(eps) and not 0 <= eps < float("inf"):
         raise ValueError(f"eps must be finite and not negative, but is {eps}.")
 
     def clip(layer: Layer, gradients: Weights, weights: Weights) -> Weights:

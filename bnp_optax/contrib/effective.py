@@ -30,6 +30,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from bnp_optax.arguments import required_params
 from bnp_optax.contrib.units import unit_norms
 from bnp_optax.layers import Layers, check_layers
 from bnp_optax.moments import statistics_dtype
@@ -296,8 +297,7 @@ def scale_by_critical_learning_rate(
         **extra_args: Any,
     ) -> tuple[optax.Updates, CriticalLearningRateState]:
         del extra_args
-        if params is None:
-            raise ValueError("This transformation needs the parameters: call update(updates, state, params).")
+        params = required_params(params)
         dtype = state.rate.dtype
         target = jnp.asarray(learning_rate(state.count) if callable(learning_rate) else learning_rate, dtype)
         rates = _flat(effective_learning_rates(updates, params, layers)).astype(dtype)

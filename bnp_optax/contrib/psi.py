@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from bnp_optax.arguments import is_known
 from bnp_optax.contrib.units import map_layers, sum_over_units, transform_layers, unit_norms
 from bnp_optax.layers import Layer, Layers, check_layers
 from bnp_optax.moments import statistics_dtype
@@ -146,9 +147,9 @@ def psi_sgd(
     References:
       Yi, UAI 2022, PMLR 180, Algorithm 1 and section 6, https://arxiv.org/abs/2101.02916
     """
-    if isinstance(momentum, (int, float, np.number)) and not 0 <= momentum < 1:
+    if is_known(momentum) and not 0 <= momentum < 1:
         raise ValueError(f"momentum must be in [0, 1), or None, but is {momentum}.")
-    if isinstance(max_norm, (int, float, np.number)) and not 1 <= max_norm < float("inf"):
+    if is_known(max_norm) and not 1 <= max_norm < float("inf"):
         raise ValueError(
             f"max_norm must be finite and at least 1, which weights are normalized to, or None, but is {max_norm}."
         )

@@ -14,8 +14,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from bnp_optax.bnp import NUMBERS
-from bnp_optax.wrapping import checked_inner
+from bnp_optax.arguments import checked_inner, is_known, required_params
 
 Rounding = Literal["stochastic", "nearest"]
 
@@ -158,8 +157,7 @@ def quantize_updates(
     def update_fn(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, QuantizeUpdatesState]:
-        if params is None:
-            raise ValueError("This transformation needs the parameters: call update(updates, state, params).")
+        params = required_params(params)
         steps, inner_state = inner.update(updates, state.inner, params, **extra_args)
         present = jax.random.wrap_key_data(state.key, impl=jax.random.key_impl(first_key))
         following, own = jax.random.split(present)
@@ -213,7 +211,7 @@ def check_grid(bits: Any, limit: Any) -> None:
             f"bits must be a whole number, at least 2, but is {bits!r}. Under optax.inject_hyperparams name it in "
             "static_args."
         )
-    if not isinstance(limit, NUMBERS) or not 0 < limit < float("inf") or math.frexp(limit)[0] != 0.5:
+    if not is_known(limit) or not 0 < limit < float("inf") or math.frexp(limit)[0] != 0.5:
         raise ValueError(f"limit must be a power of two, which keeps the grid exact, but is {limit!r}.")
 
 

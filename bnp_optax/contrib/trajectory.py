@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bnp_optax.bnp import NUMBERS
-from bnp_optax.wrapping import checked_inner
+from bnp_optax.arguments import checked_inner, is_known, required_params
 
 
 class TrajectoryRegularizedState(NamedTuple):
@@ -91,9 +90,9 @@ def trajectory_regularized(
       are choices of this library.
     """
     inner = checked_inner(inner)
-    if isinstance(pull, NUMBERS) and not 0 <= pull < float("inf"):
+    if is_known(pull) and not 0 <= pull < float("inf"):
         raise ValueError(f"pull must be finite and not negative, but is {pull}.")
-    if isinstance(period, NUMBERS) and not (period >= 1 and period % 1 == 0):
+    if is_known(period) and not (period >= 1 and period % 1 == 0):
         raise ValueError(f"period must be a number of steps, at least 1, but is {period}.")
 
     def init_fn(params: optax.Params) -> TrajectoryRegularizedState:
@@ -103,8 +102,7 @@ def trajectory_regularized(
     def update_fn(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, TrajectoryRegularizedState]:
-        if params is None:
-            raise ValueError("This transformation needs the parameters: call update(updates, state, params).")
+        params = required_params(params)
         index: jax.Array = state.count % jnp.asarray(period, jnp.int32)
         strength = pull(state.count) if callable(pull) else pull
         anchor = jax.tree.map(lambda param, old: jnp.where(index == 0, param, old), params, state.anchor)

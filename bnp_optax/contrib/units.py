@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bnp_optax.arguments import required_params
 from bnp_optax.layers import Layer, Layers, check_layers
 from bnp_optax.moments import statistics_dtype
 from bnp_optax.trees import LayerTree, Weights, from_canonical, to_canonical
@@ -69,7 +70,7 @@ def unit_norms(kernel: jax.Array, num_groups: int | None = None) -> jax.Array:
 
 
 def map_layers(
-    function: Callable[[Layer, Weights, Weights], Weights], updates: Any, params: optax.Params | None, layers: Layers
+    function: Callable[[Layer, Weights, Any], Weights], updates: Any, params: optax.Params | None, layers: Layers
 ) -> Any:
     """Changes the updates of every layer; those of other parameters pass unchanged.
 
@@ -77,14 +78,14 @@ def map_layers(
       function: called with a layer, its updates and its parameters, both in canonical shape and in float32 or wider;
         returns the new updates.
       updates: a tree of gradients or updates.
-      params: the parameters, in the same tree.
+      params: the parameters, in the same tree; ``None`` for a function that is called with ``None`` in their place.
       layers: the layers.
 
     Returns:
       The new updates, in the tree, shapes and dtypes of the old.
 
     Raises:
-      ValueError: if ``params`` is None, or if ``layers`` does not describe the trees.
+      ValueError: if ``layers`` does not describe the trees.
 
     Example:
       >>> layers = Layers((Layer.dense(("w",), (2, 1)),))
@@ -93,33 +94,35 @@ def map_layers(
       {'b': Array([1.], dtype=float32), 'w': Array([[3.],
              [3.]], dtype=float32)}
     """
-    if params is None:
-        raise ValueError("This transformation needs the parameters: call update(updates, state, params).")
-    of_updates, of_params = LayerTree.of(updates, layers), LayerTree.of(params, layers).weights
+    of_updates = LayerTree.of(updates, layers)
+    of_params = {} if params is None else LayerTree.of(params, layers).weights
     new = {}
     for path, own in of_updates.weights.items():
-        layer = of_updates.layers[path]
-        dtype = statistics_dtype(np.result_type(np.float32, own.kernel.dtype, of_params[path].kernel.dtype))
-        canonical = (to_canonical(layer, weights, dtype) for weights in (own, of_params[path]))
-        new[path] = from_canonical(layer, function(layer, *canonical), own)
+        layer, weights = of_updates.layers[path], of_params.get(path)
+        dtypes = [each.kernel.dtype for each in (own, weights) if each is not None]
+        dtype = statistics_dtype(np.result_type(np.float32, *dtypes))
+        wide = None if weights is None else to_canonical(layer, weights, dtype)
+        new[path] = from_canonical(layer, function(layer, to_canonical(layer, own, dtype), wide), own)
     return of_updates.replace(new).unflatten()
 
 
 def transform_layers(
-    function: Callable[[Layer, Weights, Weights], Weights], layers: Layers
+    function: Callable[[Layer, Weights, Any], Weights], layers: Layers, needs_params: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the transformation without a state that changes the updates of every layer.
 
     Args:
       function: as for :func:`map_layers`.
       layers: the layers.
+      needs_params: whether the function is called with the parameters, and not with ``None``.
 
     Returns:
       The transformation. Its ``init`` refuses parameters that the layers do not describe.
 
     Raises:
       TypeError: if ``layers`` is no :class:`~bnp_optax.Layers`.
-      ValueError: if it holds no layer; by ``init`` and ``update``, as :func:`map_layers`.
+      ValueError: if it holds no layer; by ``init`` and ``update``, as :func:`map_layers`, and by ``update`` without
+        parameters that are needed.
 
     Example:
       >>> layers = Layers((Layer.dense(("w",), (2, 1)),))
@@ -138,6 +141,6 @@ def transform_layers(
         updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del extra_args
-        return map_layers(function, updates, params, layers), state
+        return map_layers(function, updates, required_params(params) if needs_params else None, layers), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
