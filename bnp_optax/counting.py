@@ -7,18 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from bnp_optax.layouts import Layout
+from bnp_optax.layouts import Layout, RecordError
 from bnp_optax.moments import InputMoments, fits, pool_named_axis
-
-
-class RecordError(ValueError):
-    """An input that cannot be recorded."""
-
-    def __init__(self, where: str, reason: str) -> None:
-        super().__init__(f"The input of {where} cannot be recorded{reason}.")
-
 
 # An array, several for inputs of different shapes, or a function of a layer's name and its input.
 Mask = ArrayLike | Sequence[ArrayLike] | Callable[[str, jax.Array], ArrayLike | None]
@@ -44,6 +37,8 @@ class Counting:
         is_integer = isinstance(examples, int) or jnp.issubdtype(getattr(examples, "dtype", float), jnp.integer)
         if not (examples is None or is_integer):
             raise TypeError(f"examples must be an integer, how many examples the pass has, not {examples}.")
+        if examples is not None and not isinstance(examples, jax.core.Tracer):
+            examples = np.asarray(examples).item()
         if isinstance(examples, int) and examples < 1:
             raise ValueError(f"examples must be how many examples the pass has, at least 1, not {examples}.")
         if mask is None and isinstance(examples, int | None):

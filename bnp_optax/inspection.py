@@ -147,7 +147,8 @@ def inspect(layers: Layers, state: Any, records: Any = KEEP_STATISTICS) -> Inspe
       A dictionary by layer, whose ``print`` is a table and whose ``figure()`` a picture.
 
     Raises:
-      ValueError: if ``state`` holds no statistics, or those of other layers; for records that do not fit.
+      ValueError: if ``state`` holds no statistics, those of other layers, or those of several trainings; for records
+        that do not fit.
       TypeError: for records that are none.
 
     Example:
@@ -164,6 +165,11 @@ def inspect(layers: Layers, state: Any, records: Any = KEEP_STATISTICS) -> Inspe
       (2, 0.0)
     """
     statistics = _statistics(state)
+    if statistics.seen.ndim > 1:
+        raise ValueError(
+            f"The state holds {statistics.seen.shape[0]} states along a first axis, as jax.vmap makes them. Take one: "
+            "jax.tree.map(lambda leaf: leaf[0], state)."
+        )
     if missing := [path for path in layers if path not in statistics.packing.places]:
         raise ValueError(
             f"The state holds no statistics of {', '.join(missing)}. Pass the layers that the transformation was made "

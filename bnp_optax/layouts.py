@@ -22,6 +22,13 @@ from bnp_optax.moments import InputMoments, input_moments
 Split = tuple[tuple[int, ...], str]  # a shape whose axes play one role each, and those roles
 
 
+class RecordError(ValueError):
+    """An input that cannot be recorded."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"The input of {where} cannot be recorded{reason}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How the parameters and the input of one layer map to canonical shape.
@@ -314,6 +321,9 @@ def products(
     shapes = {name: value.shape for name, value in parameters.items()}
     if cls is not nnx.LoRA and "kernel" not in shapes:
         return [Product(None, NOT_ITS_OWN)]
+    if isinstance(args[0], list | tuple):  # of numbers: Flax makes an array of it inside
+        where = f"{cls.__name__} with a kernel of shape {shapes.get('kernel')}"
+        raise RecordError(where, f": it is a {type(args[0]).__name__}. Call the model with an array, jnp.asarray(...)")
     y = result[0] if cls is DenseParams else result  # it only returns its kernel and bias
     found = []
     for product in LAYERS[cls](module, shapes, *args):

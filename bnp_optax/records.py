@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bnp_optax.counting import Counting, RecordError
+from bnp_optax.counting import Counting
 from bnp_optax.layers import Layer, layer_name
-from bnp_optax.layouts import Layout
+from bnp_optax.layouts import Layout, RecordError
 from bnp_optax.moments import InputMoments, pool
 from bnp_optax.trees import as_path
 
@@ -66,6 +66,11 @@ def record_key(kernel: str) -> str:
     return f"{kernel}{_SUFFIX}"
 
 
+def _by_path(intermediates: Any) -> dict[str, InputMoments]:
+    with_keys = jax.tree_util.tree_leaves_with_path(intermediates, is_leaf=_is_record)
+    return {"/".join(as_path(keys)): leaf for keys, leaf in with_keys if _is_record(leaf)}
+
+
 def by_layer(intermediates: Any) -> dict[str, InputMoments]:
     """Returns the records in a tree of intermediates by the names of their layers.
 
@@ -110,16 +115,18 @@ def find_records(layers: Iterable[Layer], intermediates: Any) -> dict[str, Input
         )
     layers = tuple(layers)
     is_by_layer = all(_is_record(intermediates.get(layer.record)) for layer in layers)
-    records = intermediates if is_by_layer else by_layer(intermediates)
+    # of a tree by network and layer, whose layers' own names may end as keys of intermediates do
+    records = intermediates if is_by_layer else by_layer(intermediates) | _by_path(intermediates)
     found = {layer: records.get(layer.record) for layer in layers}
     if missing := [layer.path for layer, record in found.items() if record is None]:
         if "intermediates" in intermediates:
             remedy = "Pass the collection itself: intermediates=recorded['intermediates']."
         else:
             remedy = (
-                "Pass what bnp_optax.linen.capture(model)(...), or bnp_optax.nnx.capture(model)(...), returned beside "
-                "the output of this pass. If it calls these layers inside a transform of JAX, as jax.grad of a part of "
-                "the model is, choose them: capture(model, layers=layers). If not at all, layers.select(...) others."
+                "Pass what bnp_optax.linen.capture(model)(...), or bnp_optax.nnx.capture(model)(...), which is not "
+                "Flax's, returned beside the output of this pass. If it calls these layers inside a transform of JAX, "
+                "as jax.grad of a part of the model is, choose them: capture(model, layers=layers). If not at all, "
+                "layers.select(...) others."
             )
         raise ValueError(f"intermediates hold no record of the input of {', '.join(missing)}. {remedy}")
     return {layer.path: _pool_leading_axes(layer, record) for layer, record in found.items() if record is not None}

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from bnp_optax.counting import Counting, RecordError
+from bnp_optax.counting import Counting
 from bnp_optax.dataflow import MAPPED, Dataflow, made_in, pairs, primal
 from bnp_optax.layers import Excluded, Layer, Layers, Parameter, Path, layer_name
-from bnp_optax.layouts import BESIDE, LAYERS, Layout, Product, Split
+from bnp_optax.layouts import BESIDE, LAYERS, Layout, Product, RecordError, Split
 from bnp_optax.moments import InputMoments
 from bnp_optax.records import moments_of, pool_records
 

@@ -150,7 +150,7 @@ def test_a_call_that_does_not_count_leaves_an_empty_record(captured):
 
 
 def test_an_input_that_no_mask_fits_is_named(captured):
-    with pytest.raises(ValueError, match=r"input of .* no mask fits its shape \(5, 3\).*\(5, 6\).* function"):
+    with pytest.raises(ValueError, match=r"input of head .* no mask fits its shape \(5, 3\).*\(5, 6\).* function"):
         captured(mask=TOKENS)
     with pytest.raises(ValueError, match="several masks fit"):
         captured(mask=[EXAMPLES, ~EXAMPLES])
@@ -166,12 +166,24 @@ def test_a_mask_of_one_pass_is_not_that_of_the_next():
 
 
 def test_the_number_of_examples_may_be_said(captured):
-    for examples in (7, jnp.asarray(7)):
+    for examples in (7, np.int64(7), jnp.asarray(7)):
         _, records = captured(examples=examples)
         assert records["body"].examples == records["head"].examples == 7
         assert records["body"].positions == 30
     with pytest.raises(TypeError, match=r"examples must be an integer.* not 7\.5"):
         captured(examples=7.5)
+    with pytest.raises(ValueError, match=r"examples must be how many .* at least 1, not 0"):
+        captured(examples=np.int64(0))
+
+
+def test_what_is_compiled_inside_a_model_stays_so_with_a_known_number_of_examples():
+    traced = []
+    model = nn.Sequential([nn.Dense(3, param_dtype=float), jax.jit(lambda x: traced.append(x) or x)])
+    params, x = init(model, X[:, 0]), X[:, 0]
+    traced.clear()
+    for examples in (5, np.int64(5), jnp.asarray(5)):
+        bnp.linen.capture(model, examples=examples)({"params": params}, x)
+    assert len(traced) == 1
 
 
 def test_time_first_and_examples_first_are_one_step():

@@ -174,6 +174,29 @@ def test_two_networks_in_one_tree(container):
     assert type(updates) is container
 
 
+def test_layers_of_two_networks_may_end_as_records_do():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Dense(2, name="to")(jnp.tanh(Dense(3, name="to_input")(x)))
+
+    model, x = Net(), normal(0, 5, 2)
+    params = {"policy": init(model, x), "value": init(model, x, seed=1)}
+    found = bnp.linen.find_layers(model, x)
+
+    def run(params, x):
+        results = {name: bnp.linen.capture(model)({"params": own}, x) for name, own in params.items()}
+        return [output for output, _ in results.values()], {name: records for name, (_, records) in results.items()}
+
+    layers = found.under("policy") | found.under("value")
+    gradients, updates = step_of(layers, run, params, x)
+    expected = {}
+    for name, own in params.items():
+        inputs = inputs_of(("to", "to_input"), model, own, x)
+        expected |= {f"{name}/{path}": (rows, 5) for path, rows in inputs.items()}
+    assert_step(layers, gradients, updates, expected)
+
+
 @pytest.mark.parametrize("prefix", [("params",), ("agent", "params")])
 def test_parameters_beneath_a_prefix_are_recognized(prefix):
     """purejaxrl, sbx and many guides train `{"params": params}` whole."""

@@ -172,3 +172,12 @@ def test_what_does_not_fit_is_refused():
         bnp.inspect(bnp.Layers((layer,)), state, {})
     with pytest.raises(TypeError, match="must be the records"):
         bnp.inspect(bnp.Layers((layer,)), state, jax.numpy.ones(3))
+
+
+def test_states_of_several_trainings_are_refused_and_taken_one_by_one():
+    layers = bnp.Layers((bnp.Layer.dense(("w",), (3, 2)),))
+    params = {"w": jnp.ones((4, 3, 2))}
+    states = jax.vmap(bnp.scale_by_bnp(layers).init)(params)
+    with pytest.raises(ValueError, match=r"holds 4 states .* jax\.tree\.map\(lambda leaf: leaf\[0\], state\)"):
+        bnp.inspect(layers, states)
+    assert bnp.inspect(layers, jax.tree.map(lambda leaf: leaf[0], states))["w"].seen == 0

@@ -98,3 +98,35 @@ def test_an_optimizer_that_was_not_put_in_bnp_shows_in_an_inspection():
     state = bnp.linen.TrainState.create(apply_fn=model.apply, params=init(model, X), tx=tx)
     with pytest.raises(ValueError, match=r"0 states of BNP, .* optimizer with preconditioned or scale_by_bnp in it"):
         bnp.inspect(bnp.linen.find_layers(model, X), state)
+
+
+@pytest.mark.filterwarnings("ignore:shape requires ndarray:DeprecationWarning")  # of JAX, which still takes them
+@pytest.mark.parametrize("numbers", [X.tolist(), tuple(X[0].tolist())], ids=["nested lists", "a tuple"])
+def test_numbers_that_are_no_array_are_refused_naming_the_layer_that_would_take_them(numbers):
+    """Flax's layers take them; a search that left the layer out would not be noticed."""
+    linen, of_nnx = nn.Dense(3, param_dtype=float), make(nnx.Linear, 4, 3)
+    params = linen.init(jax.random.key(0), X)
+    calls = [
+        lambda: bnp.linen.find_layers(linen, numbers),
+        lambda: bnp.linen.capture(linen)(params, numbers),
+        lambda: bnp.nnx.find_layers(of_nnx, numbers),
+        lambda: bnp.nnx.capture(of_nnx)(numbers),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"kernel of shape \(4, 3\) .* it is a (list|tuple)\. .*jnp\.asarray"):
+            call()
+
+
+def test_bnp_inside_bnp_is_refused():
+    layers, params = bnp.linen.find_layers(Net(), X), init(Net(), X)
+    tx = bnp.preconditioned(bnp.bnp_sgd(0.1, layers), layers)
+    _, records = bnp.linen.capture(Net())({"params": params}, X)
+    with pytest.raises(TypeError, match=r"If this is an optimizer inside preconditioned, take BNP out of it"):
+        tx.update(params, tx.init(params), params, intermediates=records)
+
+
+def test_collections_beside_the_parameters_are_refused():
+    layers, params = bnp.linen.find_layers(Net(), X), init(Net(), X)
+    variables = {"params": params, "batch_stats": {"norm": {"mean": jnp.zeros(3)}}}
+    with pytest.raises(ValueError, match=r"batch_stats/norm/mean, which .* tx\.init\(variables\['params'\]\)"):
+        bnp.preconditioned(optax.sgd(0.1), layers).init(variables)

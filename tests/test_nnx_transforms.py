@@ -214,7 +214,7 @@ def test_a_layer_whose_record_cannot_come_out_is_excluded_and_the_others_are_rec
 
 def test_a_pass_that_closes_over_a_module_is_an_error_that_says_what_to_do():
     model, x = Wrapped(make(nnx.Linear, 3, 3), lambda layer, x: jax.vmap(lambda x: layer(x))(x)), normal(0, 5, 3)
-    with pytest.raises(ValueError, match=r"Linear with a kernel .*closes over the module") as error:
+    with pytest.raises(ValueError, match=r"The input of layer cannot .*closes over the module") as error:
         bnp.nnx.capture(model)(x)
     assert "nnx.StateAxes({nnx.Intermediate: 0, ...: None})" in str(error.value)
 

@@ -14,9 +14,9 @@ from flax import nnx
 from flax.core import scope
 from jax.typing import ArrayLike
 
-from bnp_optax.counting import Counting, Mask, RecordError
+from bnp_optax.counting import Counting, Mask
 from bnp_optax.layers import Layers, layer_name
-from bnp_optax.layouts import Layout, Product
+from bnp_optax.layouts import Layout, Product, RecordError
 from bnp_optax.linen.calls import observe
 from bnp_optax.moments import InputMoments
 from bnp_optax.observing import no_model
@@ -50,7 +50,8 @@ def capture(
         several for inputs of several shapes, of which each takes the longest that fits; or a function of a layer's
         name and its input that returns such an array, ``None`` if all of it counts, or ``False`` if the call does not
         count. What does not count enters neither mean nor variance nor N. ``nn.RNN`` masks its cell by its
-        ``seq_lengths``, and by a mask that fits its input.
+        ``seq_lengths``, and by a mask that fits its input. Outside of ``jax.jit`` every pass with a mask compiles anew
+        what is compiled inside it, JAX's own functions too.
       examples: N, how many examples the pass has, instead of the size of the first axis of a layer's input.
 
     Returns:

@@ -10,9 +10,9 @@ import jax
 from flax import errors, nnx
 from jax.typing import ArrayLike
 
-from bnp_optax.counting import Counting, Mask, RecordError
+from bnp_optax.counting import Counting, Mask
 from bnp_optax.layers import Layers, Path, layer_name
-from bnp_optax.layouts import Layout, Product
+from bnp_optax.layouts import Layout, Product, RecordError
 from bnp_optax.moments import InputMoments
 from bnp_optax.nnx.calls import observe
 from bnp_optax.observing import no_model
@@ -57,7 +57,8 @@ def capture(
         several for inputs of several shapes, of which each takes the longest that fits; or a function of a layer's
         name and its input that returns such an array, ``None`` if all of it counts, or ``False`` if the call does not
         count. What does not count enters neither mean nor variance nor N. ``nnx.RNN`` masks its cell by its
-        ``seq_lengths``, and by a mask that fits its input.
+        ``seq_lengths``, and by a mask that fits its input. Outside of ``jax.jit`` every pass with a mask compiles anew
+        what is compiled inside it, JAX's own functions too.
       examples: N, how many examples the pass has, instead of the size of the first axis of a layer's input.
 
     Returns:
@@ -89,11 +90,10 @@ def capture(
         if not modules:
             raise TypeError("capture(function) wants the model as the function's first argument, an nnx.Module.")
         stored = [] if layers is None else _expected(modules, layers)
-        if callable(mask):
-            stored += [((*keys, SITE), nnx.Intermediate[Any](Site(path))) for path, (keys, _) in modules.items()]
+        stored += [((*keys, SITE), nnx.Intermediate[Any](Site(path))) for path, (keys, _) in modules.items()]
         with observe(_Recorder(counting, expected_only=layers is not None, captures=True)):
-            init = nnx.from_flat_state(stored) if stored else None
             try:
+                init = nnx.from_flat_state(stored)
                 y, intermediates = nnx.capture(model, nnx.Intermediate, init=init)(*args, **kwargs)
             except BaseException:
                 _forget_captures(owner)
