@@ -5,6 +5,7 @@ from bnp_optax.bnp import KEEP_STATISTICS, PreconditionedState, bnp_sgd, precond
 from bnp_optax.inspection import Inspection, LayerInspection, inspect
 from bnp_optax.layers import Excluded, Layer, Layers, Parameter
 from bnp_optax.moments import InputMoments, input_moments
+from bnp_optax.muon import muon_dimension_numbers
 from bnp_optax.statistics import LayerStatistics, Statistics
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "input_moments",
     "inspect",
     "linen",
+    "muon_dimension_numbers",
     "nnx",
     "preconditioned",
     "scale_by_bnp",

@@ -89,7 +89,8 @@ def scale_by_bnp(
         every batch size; ``"batch"`` is the paper's average of batch variances.
       scaling: the rule of q2 = q ** 2, which divides a layer's step. With a number C and a batch of N
         examples it is max(C/N, 1): below C examples steps are in proportion to their batch, so that one
-        learning rate serves batches of any size. ``"examples"`` is the paper's max(F/N, 1) for F
+        learning rate serves batches of any size; decoupled weight decay is not, and wants N/C of its
+        strength there to decay as much an epoch. ``"examples"`` is the paper's max(F/N, 1) for F
         inputs a unit, which slows wide layers down; ``"none"`` is 1.
       prior_examples: how many examples the start (mean 0, variance 1) weighs; ``None`` is the
         paper's constant decay, under which it lingers for 1 / (1 - decay) steps.
@@ -160,10 +161,10 @@ def preconditioned(
     optimizer on the network ``a = z_w (h - mu)/(q sd) + z_b/q``, while the network stays as it is.
 
     Parameters outside ``layers`` reach the inner optimizer as they are. Clipping, momentum and
-    normalization belong inside. Decoupled weight decay is the same step inside and outside, as P is
-    linear. What remembers parameters (``optax.lookahead``, ``optax.lbfgs``, ``schedule_free``, ``prodigy``
-    and others of ``optax.contrib``) or evaluates the loss at others (line searches) does not belong inside,
-    as P changes from step to step; ``docs/wrappers.md`` says where each goes.
+    normalization belong inside. Decoupled weight decay, of kernels and biases alike, is the same step
+    inside and outside, as P is linear. What remembers parameters (``optax.lookahead``, ``schedule_free``,
+    ``prodigy`` and others) or evaluates the loss at others (line searches) does not belong inside, as P
+    changes from step to step; ``docs/wrappers.md`` says where each goes.
 
     ``update(updates, state, params=None, *, intermediates, **extra_args)`` takes ``intermediates`` as
     :func:`scale_by_bnp`, and hands other extra arguments on to the inner optimizer. A batch that is not

@@ -224,6 +224,31 @@ def test_every_optimizer_of_optax_is_listed():
     assert len(named) == sum(map(len, lists))  # each is in one
 
 
+@pytest.mark.parametrize(
+    ("inner", "shrinks"),
+    [
+        (optax.sgd(0.1), 16),
+        (optax.adam(0.1), 4),
+        (optax.lion(0.1, weight_decay=0.0), 4),
+        (optax.contrib.muon(0.1), 4),
+        # by the size of parameters, which in z are as many times larger as steps would have to be smaller
+        (optax.lamb(0.1), 1),
+        (optax.lars(0.1), 1),
+        (optax.adafactor(0.1), 1),
+    ],
+)
+def test_how_steps_shrink_in_batches_of_a_sixteenth(inner, shrinks):
+    layers = bnp.Layers((bnp.Layer.dense(("w",), (5, 3)),))
+    params, gradients = {"w": normal(0, 5, 3)}, {"w": normal(1, 5, 3)}
+    sizes = []
+    for scaling in ("none", 128):
+        tx = bnp.preconditioned(inner, layers, scaling=scaling)
+        records = {"w": bnp.input_moments(normal(2, 8, 5))}
+        updates, _ = tx.update(gradients, tx.init(params), params, intermediates=records)
+        sizes.append(optax.tree.norm(updates))
+    np.testing.assert_allclose(sizes[0] / sizes[1], shrinks, rtol=1e-5)
+
+
 @functools.cache
 def optimizer(name, **options):
     """Returns an optimizer whose step is compiled, once for all variables it is used in."""
