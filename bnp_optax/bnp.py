@@ -10,7 +10,7 @@ import optax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from bnp_optax.arguments import checked_inner, is_known
+from bnp_optax.arguments import check_keeps_no_params, checked_inner, is_known
 from bnp_optax.coordinates import Coordinates
 from bnp_optax.layers import Layer, Layers, check_layers
 from bnp_optax.moments import InputMoments, VarianceRule, statistics_dtype
@@ -162,9 +162,8 @@ def preconditioned(
 
     Parameters outside ``layers`` reach the inner optimizer as they are. Clipping, momentum and
     normalization belong inside. Decoupled weight decay, of kernels and biases alike, is the same step
-    inside and outside, as P is linear. What remembers parameters (``optax.lookahead``, ``schedule_free``,
-    ``prodigy`` and others) or evaluates the loss at others (line searches) does not belong inside, as P
-    changes from step to step; ``docs/wrappers.md`` says where each goes.
+    inside and outside, as P is linear. As P changes from step to step, what remembers parameters or tries
+    others (``schedule_free``, ``prodigy``, line searches) does not belong inside: ``docs/wrappers.md``.
 
     ``update(updates, state, params=None, *, intermediates, **extra_args)`` takes ``intermediates`` as
     :func:`scale_by_bnp`, and hands other extra arguments on to the inner optimizer. A batch that is not
@@ -188,7 +187,7 @@ def preconditioned(
       The transformation, whose state is a :class:`PreconditionedState`.
 
     Raises:
-      ValueError: as :func:`scale_by_bnp`.
+      ValueError: as :func:`scale_by_bnp`; by ``init`` if ``inner`` begins with a copy of the parameters.
       TypeError: if ``inner`` is no transformation; and as :func:`scale_by_bnp`.
 
     Example:
@@ -215,6 +214,7 @@ def preconditioned(
     def init_fn(params: optax.Params) -> PreconditionedState:
         statistics, weights = variables.init(params), LayerTree.of(params, layers)
         z = variables.map(Coordinates.to_z, tabulate(statistics, weights.layers), weights)
+        check_keeps_no_params(inner, z)
         return PreconditionedState(statistics, inner.init(z))
 
     def update_fn(

@@ -4,6 +4,7 @@ That it is the inner optimizer on another network, for every optimizer of Optax,
 """
 
 import dataclasses
+import functools
 
 import chex
 import flax.linen as nn
@@ -86,10 +87,13 @@ def test_identity_inside_is_the_papers_method(params, options):
 
 def test_the_inner_optimizer_begins_at_z(params):
     """At the start the mean is 0 and the variance 1, so that z is w times the root of what damping makes of it."""
-    keep = optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, state))
+    twice = functools.partial(optax.tree.scale, 2.0)  # as a copy itself would be refused
+    keep = optax.GradientTransformation(twice, lambda updates, state, params=None: (updates, state))
     z = jax.jit(bnp.preconditioned(keep, LAYERS, eps_relative=0.5, eps=0.25).init)(params).inner
     expected = {
-        name: {k: leaf * (np.sqrt(1.75) if k == "kernel" else 1) for k, leaf in own.items()} if name in LAYERS else own
+        name: {k: 2 * leaf * (np.sqrt(1.75) if k == "kernel" else 1) for k, leaf in own.items()}
+        if name in LAYERS
+        else twice(own)
         for name, own in params.items()
     }
     chex.assert_trees_all_close(z, expected, rtol=1e-12)
