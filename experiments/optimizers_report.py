@@ -22,23 +22,15 @@ import tables
 import trials
 from protocol import Outcome
 
-HEADERS = {
-    "{}": "alone",
-    "{} + BN": "with BN",
-    optimizers.STANDARDIZED: "kernels standardized",
-    "{} + BRN": "with Batch Renorm.",
-    "{} + GN": "with GN",
-    "scale_by_bnp, {}": "behind scale_by_bnp",
-    "BNP({})": "in BNP's variables",
-}
-STYLES: dict[str, dict[str, Any]] = {
-    "{}": {"color": "#555555", "marker": "s"},
-    "{} + BN": {"color": "#E69F00", "marker": "^"},
-    "{} + BRN": {"color": "#D55E00", "marker": "<"},
-    "{} + GN": {"color": "#009E73", "marker": "v"},
-    optimizers.STANDARDIZED: {"color": "#CC79A7", "marker": "D"},
-    "scale_by_bnp, {}": {"color": "#56B4E9", "marker": "x", "linestyle": "--"},
-    "BNP({})": {"color": "#0072B2", "marker": "o"},
+COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {  # of the summary, and lines of its figure, by kind of method
+    "{}": ("alone", {"color": "#555555", "marker": "s"}),
+    "{} + BN": ("with BN", {"color": "#E69F00", "marker": "^"}),
+    "{} + BRN": ("with Batch Renorm.", {"color": "#D55E00", "marker": "<"}),
+    "{} + GN": ("with GN", {"color": "#009E73", "marker": "v"}),
+    optimizers.STANDARDIZED: ("kernels standardized", {"color": "#CC79A7", "marker": "D"}),
+    "scale_by_bnp, {}": ("behind scale_by_bnp", {"color": "#56B4E9", "marker": "x", "linestyle": "--"}),
+    "BNP({})": ("in BNP's variables", {"color": "#0072B2", "marker": "o"}),
+    optimizers.CENTRED: ("there, kernels centred", {"color": "#0072B2", "marker": "*", "linestyle": ":"}),
 }
 LOWEST = 50.0  # percent, where the axes of accuracies begin
 
@@ -56,7 +48,7 @@ def summary_table(outcomes: Sequence[Outcome]) -> str:
     """
     found = final_accuracies(outcomes)
     kinds = [
-        kind for kind in HEADERS if any(kind.format(name) in cell for cell in found for name in optimizers.OPTIMIZERS)
+        kind for kind in COLUMNS if any(kind.format(name) in cell for cell in found for name in optimizers.OPTIMIZERS)
     ]
     rows = []
     for data, setting, name, batch_size in dict.fromkeys(
@@ -74,7 +66,7 @@ def summary_table(outcomes: Sequence[Outcome]) -> str:
         texts = [f"{means[kind]:.1f}" if kind in means else "" for kind in kinds]
         network = f"{tables.DATA_NAMES[data]}, {setting}"
         rows.append([network, name, str(batch_size), *(f"**{text}**" if text == highest else text for text in texts)])
-    return tables.markdown(["network", "optimizer", "batch", *(HEADERS[kind] for kind in kinds)], rows)
+    return tables.markdown(["network", "optimizer", "batch", *(COLUMNS[kind][0] for kind in kinds)], rows)
 
 
 def by_batch_size(outcomes: Sequence[Outcome], setting: str) -> Figure:
@@ -83,11 +75,11 @@ def by_batch_size(outcomes: Sequence[Outcome], setting: str) -> Figure:
     sizes = sorted({size for _, _, size, _ in found}, reverse=True)
     figure, axes = figures.panels(optimizers.OPTIMIZERS, len(optimizers.OPTIMIZERS), "test accuracy (%)", sharey=True)
     for panel, name in zip(axes, optimizers.OPTIMIZERS, strict=True):
-        for kind in optimizers.kinds_of(name, STYLES):
-            style = STYLES[kind]
+        for kind in optimizers.kinds_of(name, COLUMNS):
+            header, style = COLUMNS[kind]
             own = {size: tests for (_, _, size, method), tests in found.items() if method == kind.format(name)}
             if own:
-                draw_over_sizes(panel, [sizes.index(size) for size in own], list(own.values()), HEADERS[kind], style)
+                draw_over_sizes(panel, [sizes.index(size) for size in own], list(own.values()), header, style)
         panel.set_xticks(range(len(sizes)), labels=[str(size) for size in sizes])
         panel.set_xlabel("batch size")
     axes[0].set_ylim(bottom=LOWEST)  # of all panels, and only once all are drawn
