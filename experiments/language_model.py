@@ -131,32 +131,20 @@ def train_step(
     return optax.apply_updates(params, jax.tree.map(lambda update: rate * update, updates)), opt_state
 
 
-def kernel_matrices(params: optax.Params) -> Any:
-    """Returns how each kernel is a matrix, or a stack of them, for Muon; None for what Adam is to train."""
-
-    def of_parameter(keys: tuple[Any, ...], leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        path = jax.tree_util.keystr(keys, simple=True, separator="/").split("/")
-        if path[-1] != "kernel":
-            return None
-        first = 1 if path[0] == "blocks" else 0
-        # the projections of attention have two axes for the heads: of outputs, or, behind them, of inputs
-        num_inputs = 2 if path[-2] == "out" else 1
-        inputs, outputs = range(first, first + num_inputs), range(first + num_inputs, leaf.ndim)
-        return optax.contrib.MuonDimensionNumbers(tuple(inputs), tuple(outputs))
-
-    return jax.tree_util.tree_map_with_path(of_parameter, params)
-
-
 def are_embeddings(params: optax.Params) -> Any:
     """Returns which parameters are embeddings, which BNP does not cover."""
     return jax.tree_util.tree_map_with_path(lambda keys, _: keys[-1].key == "embedding", params)
 
 
 # All multiply by the learning rate last. That is left to the step, so that it is compiled once for the whole grid.
-OPTIMIZERS = {
-    "Momentum": optax.sgd(1.0, momentum=optimizers.MOMENTUM),
-    "Adam": optax.adam(1.0),
-    "Muon": optax.contrib.muon(1.0, adam_learning_rate=MUON_ADAM_FACTOR, muon_weight_dimension_numbers=kernel_matrices),
+OPTIMIZERS: dict[str, Callable[[bnp.Layers], optax.GradientTransformation]] = {
+    "Momentum": lambda layers: optax.sgd(1.0, momentum=optimizers.MOMENTUM),
+    "Adam": lambda layers: optax.adam(1.0),
+    "Muon": lambda layers: optax.contrib.muon(
+        1.0,
+        adam_learning_rate=MUON_ADAM_FACTOR,
+        muon_weight_dimension_numbers=bnp.muon_dimension_numbers(layers),
+    ),
 }
 FASTER_EMBEDDINGS = ("Adam, embeddings=10", "BNP(Adam), embeddings=10")  # in learning rates of all else
 METHODS = optimizers.method_names(("{}", "BNP({})", optimizers.DAMPED_MUON, *FASTER_EMBEDDINGS))  # optimizer and kind
@@ -225,10 +213,10 @@ def make_program(network: str, method: str, num_characters: int) -> tuple[Langua
     name, kind = METHODS[method]
     model, options = LanguageModel(num_characters, normalized=network == "LayerNorm"), optimizers.options_of(kind)
     faster = optax.masked(optax.scale(options.pop("embeddings", 1.0)), are_embeddings)
-    optimizer = optax.chain(OPTIMIZERS[name], faster)
+    layers = bnp.linen.find_layers(model, jnp.zeros((1, LENGTH), int))
+    optimizer = optax.chain(OPTIMIZERS[name](layers), faster)
     if not kind.startswith("BNP"):
         return model, optax.with_extra_args_support(optimizer)  # takes the records and ignores them
-    layers = bnp.linen.find_layers(model, jnp.zeros((1, LENGTH), int))
     # Examples are batches of whole texts: 16 in a step would be divided by the root of 8 under the default scaling.
     return model, bnp.preconditioned(optimizer, layers, scaling="none", **options)
 
