@@ -317,12 +317,15 @@ def products(
       parameters: its parameters by name, as they are inside the transforms around the call.
       result: what the call returned.
       *args: the arguments of the call, defaults included.
+
+    Raises:
+      RecordError: if the input is no array, but a list or tuple of numbers, which Flax makes one of inside.
     """
     shapes = {name: value.shape for name, value in parameters.items()}
     if cls is not nnx.LoRA and "kernel" not in shapes:
         return [Product(None, NOT_ITS_OWN)]
-    if isinstance(args[0], list | tuple):  # of numbers: Flax makes an array of it inside
-        where = f"{cls.__name__} with a kernel of shape {shapes.get('kernel')}"
+    if isinstance(args[0], list | tuple):
+        where = f"{cls.__name__} with a kernel of shape {shapes['kernel']}"
         raise RecordError(where, f": it is a {type(args[0]).__name__}. Call the model with an array, jnp.asarray(...)")
     y = result[0] if cls is DenseParams else result  # it only returns its kernel and bias
     found = []

@@ -45,15 +45,17 @@ def muon_dimension_numbers(layers: Layers) -> Callable[[optax.Params], Any]:
       >>> numbers(model.init(jax.random.key(0), x)["params"])
       {'bias': None, 'kernel': MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=(3,))}
       >>> tx = bnp.preconditioned(optax.contrib.muon(0.01, muon_weight_dimension_numbers=numbers), layers)
+
+    References:
+      Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024,
+      https://kellerjordan.github.io/posts/muon/, flattens the window and the inputs of a convolution likewise. What the
+      matrix of other layers is, is a choice of this library.
     """
     check_layers(layers)
 
     def of_params(params: optax.Params) -> Any:
         tree = LayerTree.of(params, layers)
-        # Optax asks for its masked trees, too
-        numbers: dict[Any, Any] = {
-            path: leaf if isinstance(leaf, optax.MaskedNode) else None for path, leaf in tree.leaves.items()
-        }
+        numbers: dict[Any, Any] = dict.fromkeys(tree.leaves)
         for layer in tree.layers.values():
             numbers[layer.kernel.path] = _of_kernel(layer.kernel)
         return dataclasses.replace(tree, leaves=numbers).unflatten()

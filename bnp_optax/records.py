@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bnp_optax.counting import Counting
-from bnp_optax.layers import Layer, layer_name
+from bnp_optax.layers import Layer, Path, layer_name
 from bnp_optax.layouts import Layout, RecordError
 from bnp_optax.moments import InputMoments, pool
 from bnp_optax.trees import as_path
@@ -66,11 +66,6 @@ def record_key(kernel: str) -> str:
     return f"{kernel}{_SUFFIX}"
 
 
-def _by_path(intermediates: Any) -> dict[str, InputMoments]:
-    with_keys = jax.tree_util.tree_leaves_with_path(intermediates, is_leaf=_is_record)
-    return {"/".join(as_path(keys)): leaf for keys, leaf in with_keys if _is_record(leaf)}
-
-
 def by_layer(intermediates: Any) -> dict[str, InputMoments]:
     """Returns the records in a tree of intermediates by the names of their layers.
 
@@ -83,17 +78,19 @@ def by_layer(intermediates: Any) -> dict[str, InputMoments]:
       >>> list(by_layer({"policy": {"Dense_0": record}, "value": {"Dense_0": record}}))  # of two captures
       ['policy/Dense_0', 'value/Dense_0']
     """
-    with_keys = jax.tree_util.tree_leaves_with_path(intermediates, is_leaf=_is_record)
     records = {}
-    for keys, leaf in with_keys:
-        if _is_record(leaf):
-            path = as_path(keys)
-            own = [depth for depth, key in enumerate(path, 1) if key.endswith(_SUFFIX)]
-            if own:
-                path = path[: own[-1]]  # a box (nnx.Intermediate) adds a key
-                path = (*path[:-1], path[-1].removesuffix(_SUFFIX))
-            records[layer_name(path)] = leaf
+    for path, record in _with_paths(intermediates):
+        own = [depth for depth, key in enumerate(path, 1) if key.endswith(_SUFFIX)]
+        if own:
+            path = path[: own[-1]]  # a box (nnx.Intermediate) adds a key
+            path = (*path[:-1], path[-1].removesuffix(_SUFFIX))
+        records[layer_name(path)] = record
     return records
+
+
+def _with_paths(intermediates: Any) -> list[tuple[Path, InputMoments]]:
+    with_keys = jax.tree_util.tree_leaves_with_path(intermediates, is_leaf=_is_record)
+    return [(as_path(keys), leaf) for keys, leaf in with_keys if _is_record(leaf)]
 
 
 def find_records(layers: Iterable[Layer], intermediates: Any) -> dict[str, InputMoments]:
@@ -115,8 +112,10 @@ def find_records(layers: Iterable[Layer], intermediates: Any) -> dict[str, Input
         )
     layers = tuple(layers)
     is_by_layer = all(_is_record(intermediates.get(layer.record)) for layer in layers)
-    # of a tree by network and layer, whose layers' own names may end as keys of intermediates do
-    records = intermediates if is_by_layer else by_layer(intermediates) | _by_path(intermediates)
+    if is_by_layer:
+        records = intermediates
+    else:  # in a tree by network and layer, names of layers may end as keys of intermediates do
+        records = by_layer(intermediates) | {"/".join(path): record for path, record in _with_paths(intermediates)}
     found = {layer: records.get(layer.record) for layer in layers}
     if missing := [layer.path for layer, record in found.items() if record is None]:
         if "intermediates" in intermediates:

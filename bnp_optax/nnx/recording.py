@@ -91,9 +91,9 @@ def capture(
             raise TypeError("capture(function) wants the model as the function's first argument, an nnx.Module.")
         stored = [] if layers is None else _expected(modules, layers)
         stored += [((*keys, SITE), nnx.Intermediate[Any](Site(path))) for path, (keys, _) in modules.items()]
+        init = nnx.from_flat_state(stored)
         with observe(_Recorder(counting, expected_only=layers is not None, captures=True)):
             try:
-                init = nnx.from_flat_state(stored)
                 y, intermediates = nnx.capture(model, nnx.Intermediate, init=init)(*args, **kwargs)
             except BaseException:
                 _forget_captures(owner)
