@@ -48,10 +48,10 @@ HEADLINE = ("{}", "{} + BN", "BNP({})")
 STANDARDIZED = "{} + WS"  # kernels, and no normalization
 CENTRED = "BNP(centred({}))"  # kernels, from the start on
 RIVALS = (*HEADLINE, STANDARDIZED, CENTRED)
-KINDS = (*RIVALS, "{} + BRN", "{} + GN", "scale_by_bnp, {}")
+CENTRED_ALONE = ("centred({})", "centred({}) + BN")  # beside it: which part is BNP's, and what BN makes of the rest
+KINDS = (*RIVALS, *CENTRED_ALONE, "{} + BRN", "{} + GN", "scale_by_bnp, {}")
 # A kernel as a direction and a gain, for the optimizer alone: no scale, and nothing else of BN.
 WEIGHT_NORMALIZED = ("WN(Adam)", "BNP(WN(Adam))", "WN(Muon)", "BNP(WN(Muon))")
-CENTRED_ALONE = ("centred({})", "centred({}) + BN")  # beside it: which part is BNP's, and what BN makes of the rest
 # Whose networks do not change when a kernel grows either, without the noise that BN takes from its batch.
 SCALE_INVARIANT = ("Muon + BRN", "Muon + GN", STANDARDIZED, "BNP(Muon) + GN")
 RESIDUAL = ("{} + BN", "{} + GN", "BNP({})", "BNP({}) + GN")
