@@ -9,6 +9,7 @@
 * ``e11``: one epoch in large batches.
 * ``e3_resnet20``: a residual network of 20 layers, five epochs of augmented images at a falling rate.
 * ``migration``: coming from BN, on a few digits, see ``migration.py``.
+* ``e8_kfac``, only if named: K-FAC on the fully connected network, see ``kfac.py``.
 
 ``optimizers_report.py`` draws the figures and writes the tables of what comes out.
 """
@@ -26,6 +27,7 @@ import optax.contrib
 
 import bnp_optax as bnp
 import images
+import kfac
 import migration
 import models
 import programs
@@ -382,12 +384,16 @@ EXPERIMENTS: dict[str, trials.Experiment] = {
     "e11": experiment("e11", ["5-layer CNN, large batches"]),
     "e3_resnet20": experiment("e3_resnet20", ["ResNet-20, five epochs"], seeds=(1,), refined=False),
     "migration": migration.EXPERIMENT,
+    "e8_kfac": kfac.EXPERIMENT,
 }
+ON_DEMAND = ("e8_kfac",)  # needs what we do not install
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the experiments and prints their tables."""
-    trials.main("Runs the experiments of other optimizers than SGD; continues earlier calls.", EXPERIMENTS, argv)
+    trials.main(
+        "Runs the experiments of other optimizers than SGD; continues earlier calls.", EXPERIMENTS, argv, ON_DEMAND
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -281,15 +281,19 @@ def report_all(experiments: Mapping[str, Experiment], results: Path) -> Report:
     return texts, drawn
 
 
-def main(description: str, experiments: Mapping[str, Experiment], argv: list[str] | None) -> None:
+def main(
+    description: str, experiments: Mapping[str, Experiment], argv: list[str] | None, on_demand: Collection[str] = ()
+) -> None:
     """Runs the experiments that the arguments name, and prints their tables.
 
     Args:
       description: of the program, for its help.
       experiments: by name, which is also that of their CSV files.
       argv: the program's arguments.
+      on_demand: names of those that run only if they are named.
     """
-    args = sweeps.parse(programs.Parser(description=description), argv, experiments)
+    usual = [name for name in experiments if name not in on_demand]
+    args = sweeps.parse(programs.Parser(description=description), argv, usual, on_demand)
     for name in args.experiments:
         outcomes = run(experiments[name], args.results / f"{name}.csv", args.data_dir, args.quick, args.workers)
         for title, table in report(experiments[name], outcomes, args.results)[0].items():
