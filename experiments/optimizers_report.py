@@ -30,7 +30,9 @@ COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {  # of the summary, and lines 
     optimizers.STANDARDIZED: ("kernels standardized", {"color": "#CC79A7", "marker": "D"}),
     "scale_by_bnp, {}": ("behind scale_by_bnp", {"color": "#56B4E9", "marker": "x", "linestyle": "--"}),
     "BNP({})": ("in BNP's variables", {"color": "#0072B2", "marker": "o"}),
-    optimizers.CENTRED: ("there, kernels centred", {"color": "#0072B2", "marker": "*", "linestyle": ":"}),
+    "centred({})": ("alone, centred", {"color": "#555555", "marker": "*", "linestyle": ":"}),
+    "centred({}) + BN": ("with BN, centred", {"color": "#E69F00", "marker": "*", "linestyle": ":"}),
+    optimizers.CENTRED: ("in BNP's variables, centred", {"color": "#0072B2", "marker": "*", "linestyle": ":"}),
 }
 LOWEST = 50.0  # percent, where the axes of accuracies begin
 
@@ -79,28 +81,22 @@ def by_batch_size(outcomes: Sequence[Outcome], setting: str) -> Figure:
             header, style = COLUMNS[kind]
             own = {size: tests for (_, _, size, method), tests in found.items() if method == kind.format(name)}
             if own:
-                draw_over_sizes(panel, [sizes.index(size) for size in own], list(own.values()), header, style)
+                draw_over_sizes(panel, [own.get(size, np.array([np.nan])) for size in sizes], header, style)
         panel.set_xticks(range(len(sizes)), labels=[str(size) for size in sizes])
         panel.set_xlabel("batch size")
     axes[0].set_ylim(bottom=LOWEST)  # of all panels, and only once all are drawn
     return figures.add_legend(figure, axes)
 
 
-def draw_over_sizes(
-    panel: Axes, places: Sequence[int], tests: Sequence[np.ndarray], label: str, style: dict[str, Any]
-) -> None:
-    """Draws a line through the means and a band of the ranges; what falls below the axis is said in words."""
-    means = [own.mean() for own in tests]
-    panel.plot(places, means, label=label, markersize=4, **style)
-    panel.fill_between(
-        places,
-        [own.min() for own in tests],
-        [own.max() for own in tests],
-        color=style["color"],
-        alpha=0.2,
-        linewidth=0,
-    )
-    for place, mean in zip(places, means, strict=True):
+def draw_over_sizes(panel: Axes, tests: Sequence[np.ndarray], label: str, style: dict[str, Any]) -> None:
+    """Draws a line through the means and a band of the ranges, with gaps where there are none.
+
+    What falls below the axis is said in words.
+    """
+    means, lowest, highest = (np.array([of(own) for own in tests]) for of in (np.mean, np.min, np.max))
+    panel.plot(means, label=label, markersize=4, **style)
+    panel.fill_between(range(len(means)), lowest, highest, color=style["color"], alpha=0.2, linewidth=0)
+    for place, mean in enumerate(means):
         if mean < LOWEST:
             panel.annotate(
                 f"{mean:.0f}", (place, LOWEST), (0, 3), textcoords="offset points", color=style["color"], ha="right"
