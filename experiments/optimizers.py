@@ -146,7 +146,7 @@ E11 = {
     ("Muon", 2048): steps_of_ten(0.003, 0.1),
 }
 E3 = {
-    ("Momentum", 128): steps_of_ten(0.03, 0.3),
+    ("Momentum", 128): steps_of_ten(0.01, 0.3),
     ("Momentum", 8): steps_of_ten(0.003, 0.03),
     ("Muon", 128): steps_of_ten(0.003, 0.03),
     ("Muon", 8): steps_of_ten(0.001, 0.01),
