@@ -3,7 +3,7 @@
 Like BNP it preconditions every layer by second moments of its input, and by those of the gradients at its output
 besides: all of them, where BNP takes the mean and the variances of the input alone.
 
-It needs kfac-jax from its main branch, whose releases do not run on the versions of JAX that we support.
+It needs kfac-jax from its main branch: its last release, 0.0.8, does not run on JAX 0.10.
 
 References:
   Martens, Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, ICML 2015.
