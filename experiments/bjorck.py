@@ -102,9 +102,9 @@ def diagnostics_table(rows: Sequence[Diagnosis]) -> str:
     """Returns medians over the seeds, a row a method and number of steps."""
     depth = max(int(row.at) for row in rows if row.name == "mean")
     first, middle, last = 0, depth // 2 - 1, depth - 2  # of the hidden layers
-    lines = []
+    lines, names = [], {row.name for row in rows}
     for method, steps in dict.fromkeys((row.method, row.steps) for row in rows):
-        by_name = {row.name: values_of(rows, method, steps, row.name) for row in rows}
+        by_name = {name: values_of(rows, method, steps, name) for name in names}
         median = {name: np.median(values, 0) for name, (_, values) in by_name.items()}
         sizes, losses = by_name["loss"][0], median["loss"]
         lowered = [size for size, loss in zip(sizes, losses, strict=True) if loss < 1]
