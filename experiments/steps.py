@@ -21,6 +21,7 @@ import optax
 import rich.progress
 
 import bnp_optax as bnp
+import kfac
 import language_model
 import models
 import programs
@@ -68,7 +69,7 @@ METHODS = {
     "BNP(Adam)": Method("none", bnp_adam, records=True),
     "Muon": Method("none", plain(optax.contrib.muon(RATE))),
 }
-KFAC = "K-FAC"  # if kfac_jax is installed: pip install git+https://github.com/google-deepmind/kfac-jax
+KFAC = "K-FAC"  # if kfac_jax is installed, see kfac.py
 REFRESH_EVERY = 10  # steps; "BNP, every 10" is one step of "BNP" and nine of "BNP, kept", of the same round
 
 
@@ -208,14 +209,7 @@ def prepare_kfac(network: Network, batch_size: int, dtype: jnp.dtype) -> Contend
     batch = make_batch(network, batch_size, dtype)
     params = jax.jit(model.init)(key, batch[0])["params"]
 
-    def loss_fn(params: optax.Params, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x, y = batch
-        logits: Any = model.apply({"params": params}, x, train=True)
-        kfac_jax.register_softmax_cross_entropy_loss(logits, y)
-        loss: jax.Array = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-        return loss
-
-    optimizer = kfac_jax.Optimizer(jax.value_and_grad(loss_fn), l2_reg=0.0, num_burnin_steps=0)
+    optimizer = kfac_jax.Optimizer(jax.value_and_grad(kfac.registered_loss(model)), l2_reg=0.0, num_burnin_steps=0)
     numbers = {"learning_rate": RATE, "momentum": 0.9, "damping": 1.0}
     fixed = {name: jnp.asarray(value) for name, value in numbers.items()}
 

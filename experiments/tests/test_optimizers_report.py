@@ -58,6 +58,14 @@ def test_the_figure_says_what_falls_below_its_axis():
     assert high > 65  # the highest of all panels
 
 
+def test_a_line_breaks_where_a_size_has_not_run():
+    between = make_outcomes("Adam", 32, {0.001: 50.0}, [55.0])
+    alone, with_bn, in_variables = optimizers_report.by_batch_size(OUTCOMES + between, ANY_TRIAL.setting).axes[1].lines
+    assert alone.get_ydata().tolist() == [61.0, 55.0, 50.0]
+    np.testing.assert_array_equal(with_bn.get_ydata(), [61.0, np.nan, 9.6])
+    np.testing.assert_allclose(in_variables.get_ydata(), [60.98, np.nan, np.nan])
+
+
 def test_the_order_of_the_rows_does_not_matter(tmp_path):
     runs.append_rows(tmp_path / "e8.csv", OUTCOMES[::-1])  # as where batches of 4 were trained before those of 128
     texts, figures = optimizers_report.make(tmp_path)
