@@ -113,7 +113,8 @@ def test_eager_compiled_donated_and_mapped_updates_agree(tx, entry):
     expected, state = two_updates(tx)
     chex.assert_trees_all_close(two_updates(eager), (expected, state), rtol=1e-5, atol=1e-6)
     donating = optax.GradientTransformationExtraArgs(eager.init, jax.jit(eager.update, donate_argnums=1))
-    chex.assert_trees_all_close(two_updates(donating), (expected, state), rtol=1e-5, atol=1e-6)
+    for _ in range(2):  # another start finds all that it needs
+        chex.assert_trees_all_close(two_updates(donating), (expected, state), rtol=1e-5, atol=1e-6)
 
     members = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf + 0.1]), (p.params, p.gradients))
     mapped = jax.vmap(lambda params, gradients: two_updates(eager, params, gradients))(*members)

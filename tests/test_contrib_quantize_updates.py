@@ -214,7 +214,8 @@ class TestWrapping:
         np.testing.assert_array_equal(tripled.key, state.key)
 
     def test_parameters_and_state_are_both_donated(self):
-        tx, params = quantize_updates(optax.sgd(0.1)), jnp.full(3, 0.5)
+        key = jax.random.key(0)
+        tx, params = quantize_updates(optax.sgd(0.1), key=key), jnp.full(3, 0.5)
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
         def step(params, state):
@@ -224,6 +225,9 @@ class TestWrapping:
         params, state = step(*step(params, tx.init(params)))
         assert is_on_grid(params)
         np.testing.assert_allclose(step(params, state)[0], np.full(3, 0.2), atol=3 * DELTA)
+        again, _ = step(jnp.full(3, 0.5), tx.init(jnp.full(3, 0.5)))  # the key was not donated with the first state
+        assert is_on_grid(again)
+        assert not key.is_deleted()
 
 
 class TestErrors:

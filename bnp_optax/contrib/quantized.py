@@ -113,7 +113,7 @@ def quantize_updates(
         parameters or a prefix of it, or a function that makes one of them; ``None`` for all. The steps of others pass
         as they are.
       key: of ``jax.random``, or a seed for one. It is the same in every state that ``init`` makes: give members of an
-        ensemble that is mapped by ``jax.vmap`` keys of their own, ``state._replace(key=...)``.
+        ensemble that is mapped by ``jax.vmap`` keys of their own, ``state._replace(key=jax.random.key_data(...))``.
 
     Returns:
       The optimizer, whose state is a :class:`QuantizeUpdatesState`. Its updates have the wider of the dtypes of the
@@ -152,7 +152,8 @@ def quantize_updates(
 
     def init_fn(params: optax.Params) -> QuantizeUpdatesState:
         quantizer.init(params)
-        return QuantizeUpdatesState(jax.random.key_data(first_key), inner.init(params))
+        # a copy, as the state may be donated to a step
+        return QuantizeUpdatesState(jnp.copy(jax.random.key_data(first_key)), inner.init(params))
 
     def update_fn(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
