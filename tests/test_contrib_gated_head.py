@@ -169,7 +169,7 @@ def test_the_layer_of_nnx_is_that_of_linen():
     np.testing.assert_allclose(other(Z), expected, rtol=1e-13)
     assert np.abs(expected - applied(head)({"params": moved})).max() > 1e-3
     assert set(nnx.to_pure_dict(nnx.state(other, nnx.Param))) == {"hidden", "output"}
-    assert set(nnx.to_pure_dict(nnx.state(other, Gate))) == {"gate"}
+    assert set(nnx.to_pure_dict(nnx.state(other, Gate))) == {"gate", "is_frozen"}
 
 
 def test_the_gate_of_nnx_takes_no_part_before_it_is_frozen_and_none_of_the_gradient_after():
@@ -189,6 +189,16 @@ def test_the_gate_of_nnx_takes_no_part_before_it_is_frozen_and_none_of_the_gradi
         lambda hidden: nnx.merge(graph, {**params, "hidden": hidden}, gate)(Z), (params["hidden"],), (params["hidden"],)
     )
     np.testing.assert_allclose(slope, value, rtol=1e-13, atol=1e-14)
+
+
+def test_a_model_that_is_restored_is_as_frozen_as_it_was():
+    head, new = (NNXGatedHead(4, 3, 5, param_dtype=jnp.float64, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    head.freeze_gate()
+    head.hidden[...] = head.hidden[...] + 0.1
+    nnx.update(new, jax.tree.map(jnp.copy, nnx.state(head)))
+    np.testing.assert_array_equal(new(Z), head(Z))
+    new.hidden[...] = 2 * new.hidden[...]
+    np.testing.assert_allclose(new(Z), 2 * head(Z), rtol=1e-13)
 
 
 def test_without_bias_and_in_low_precision():

@@ -13,7 +13,7 @@ from bnp_optax.contrib.alignment import output_init as default_output_init
 
 
 class Gate(nnx.Variable[jax.Array]):
-    """The weights of a gate, which no optimizer of ``nnx.Param`` sees."""
+    """The weights of a gate, and whether they are frozen: what no optimizer of ``nnx.Param`` sees."""
 
 
 class GatedHead(nnx.Module):
@@ -21,7 +21,8 @@ class GatedHead(nnx.Module):
 
     See :func:`bnp_optax.contrib.gated_head` for the mathematics. The parameters are ``hidden``, ``[in_features,
     features, width]``, and ``output``, ``[features, width]``. While all parameters are trained, the gate is ``hidden``
-    itself; :meth:`freeze_gate` copies it to ``gate``, a :class:`Gate`, and uses that from there on.
+    itself; :meth:`freeze_gate` copies it to ``gate``, a :class:`Gate`, and uses that from there on. Whether it is
+    frozen is one too, ``is_frozen``, so that a checkpoint of the model's state keeps it.
 
     Args:
       in_features: inputs.
@@ -67,16 +68,18 @@ class GatedHead(nnx.Module):
         self.hidden = nnx.Param(hidden_init(rngs.params(), shape, param_dtype))
         self.output = nnx.Param(output_init(rngs.params(), shape[1:], param_dtype))
         self.gate = Gate(jnp.copy(self.hidden[...]))
-        self.slope, self.use_bias, self.dtype, self.is_frozen = slope, use_bias, dtype, False
+        self.is_frozen = Gate(jnp.array(False))
+        self.slope, self.use_bias, self.dtype = slope, use_bias, dtype
 
     def freeze_gate(self) -> None:
         """Makes the gate a constant: what ``hidden`` is now."""
         # a copy, as the parameters' own buffer may be donated to the next step
         self.gate[...] = jnp.copy(self.hidden[...])
-        self.is_frozen = True
+        self.is_frozen[...] = jnp.array(True)
 
     def __call__(self, z: jax.Array) -> jax.Array:
         """Applies the layers to ``[..., in_features]``."""
         features = with_ones(z) if self.use_bias else z
-        gate = self.gate[...] if self.is_frozen else None
-        return gated_head(features, self.hidden[...], self.output[...], gate, slope=self.slope, dtype=self.dtype)
+        hidden = self.hidden[...]
+        gate = jnp.where(self.is_frozen[...], self.gate[...], hidden)
+        return gated_head(features, hidden, self.output[...], gate, slope=self.slope, dtype=self.dtype)
