@@ -79,6 +79,16 @@ def test_permuted_units_and_scaled_layers_are_clipped_alike(seed, factor):
     chex.assert_trees_all_close(run(*scaled, eps=0.0), expected, rtol=1e-12)
 
 
+def test_gradients_whose_squares_overflow_are_clipped_and_not_lost():
+    layers = bnp.Layers((bnp.Layer.dense(("w",), (2, 1), bias=("b",)),))
+    params = {"w": jnp.array([[3.0], [4.0]]), "b": jnp.array([1.0])}
+    gradients = {"w": jnp.array([[4e30], [3e30]]), "b": jnp.array([-1e30])}
+    tx = adaptive_grad_clip(0.01, layers)
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], [[0.04], [0.03]], rtol=1e-5)
+    np.testing.assert_allclose(updates["b"], [-0.01], rtol=1e-5)
+
+
 def test_infinite_clipping_changes_nothing_and_zero_gradients_stay_zero():
     params, gradients = dense_trees(0, 1.0, 1e6)
     chex.assert_trees_all_equal(run(params, gradients, np.inf), gradients)

@@ -243,8 +243,8 @@ def test_norms_that_overflow_are_not_hidden():
     layers = bnp.Layers((bnp.Layer.dense(("w",), (2, 1)),))
     params = {"w": jnp.full((2, 1), 1e3, jnp.float32)}
     tx = psi_sgd(1.0, layers)
-    updates, _ = tx.update({"w": jnp.full((2, 1), 1e20, jnp.float32)}, tx.init(params), params)
-    assert np.abs(updates["w"]).min() > 1e25
+    updates, _ = tx.update({"w": jnp.full((2, 1), 1e33, jnp.float32)}, tx.init(params), params)
+    assert not np.isfinite(updates["w"]).any()
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bnp_optax as bnp
-from bnp_optax.contrib.units import map_layers, sum_over_units, transform_layers, unit_norms
+from bnp_optax.contrib.units import map_layers, norms, sum_over_units, transform_layers, unit_norms
 from bnp_optax.trees import Weights, to_canonical
 
 # Each layer with the axes of its kernel, in Flax's own shape, that hold one output unit's weights.
@@ -40,6 +40,23 @@ def test_norms_are_those_of_the_axes_that_lead_to_an_output(name):
     expected = np.sqrt(np.square(np.asarray(kernel, np.float64)).sum(axes))
     norms = unit_norms(to_canonical(layer, Weights(kernel, init(model, x)["bias"]), jnp.float32).kernel)
     np.testing.assert_allclose(norms.ravel(), expected.ravel(), rtol=1e-6)
+
+
+@given(st.integers(-30, 30), st.sampled_from([1, 2, 3, 6]), st.integers(0, 9))
+def test_norms_are_euclidean_at_every_scale(exponent, num_groups, seed):
+    """Beside units of other scales, whose squares float32 does not hold."""
+    array = np.random.default_rng(seed).normal(size=(1, 2, 4, 2, 3)) * 10.0 ** (exponent * np.array([1, 0, -1]))
+    array = array.astype(np.float32)
+    exact = np.sqrt(np.square(array.astype(np.float64)).sum((2, 3), keepdims=True))
+    np.testing.assert_allclose(unit_norms(array), exact, rtol=1e-5)
+    shared = np.sqrt(np.square(exact).reshape(num_groups, -1).sum(1)).repeat(6 // num_groups).reshape(exact.shape)
+    np.testing.assert_allclose(unit_norms(array, num_groups), shared, rtol=1e-5)
+
+
+def test_norms_of_what_is_not_finite_are_not_and_change_no_other():
+    array = jnp.array([[1.0, jnp.inf], [jnp.nan, 2.0], [3.0, 4.0], [0.0, 0.0]])
+    np.testing.assert_array_equal(norms(array, (1,)).ravel(), [jnp.inf, jnp.nan, 5.0, 0.0])
+    assert norms(jnp.zeros((2, 0)), (1,)).ravel().tolist() == [0, 0]
 
 
 def test_attention_sums_over_heads_only_where_they_are_inputs():

@@ -6,7 +6,7 @@ import optax
 from jax.typing import ArrayLike
 
 from bnp_optax.arguments import is_known
-from bnp_optax.contrib.units import transform_layers, unit_norms
+from bnp_optax.contrib.units import norms, transform_layers, unit_norms
 from bnp_optax.layers import Layer, Layers
 from bnp_optax.trees import Weights
 
@@ -77,17 +77,13 @@ def adaptive_grad_clip(
         kernel = _clip(gradients.kernel, unit_norms(gradients.kernel), unit_norms(weights.kernel))
         if layer.bias is None:
             return Weights(kernel, None)
-        return Weights(kernel, _clip(gradients.bias, _vector_norms(gradients.bias), _vector_norms(weights.bias)))
+        of_bias, of_weights = norms(gradients.bias, (1, 2)), norms(weights.bias, (1, 2))  # of [stack, group, output]
+        return Weights(kernel, _clip(gradients.bias, of_bias, of_weights))
 
-    def _clip(gradient: jax.Array, norms: jax.Array, weight_norms: jax.Array) -> jax.Array:
-        fraction, smallest = (jnp.asarray(option, norms.dtype) for option in (clipping, eps))
+    def _clip(gradient: jax.Array, gradient_norms: jax.Array, weight_norms: jax.Array) -> jax.Array:
+        fraction, smallest = (jnp.asarray(option, gradient_norms.dtype) for option in (clipping, eps))
         bounds = fraction * jnp.maximum(weight_norms, smallest)
-        factors = jnp.where(norms > bounds, bounds / jnp.maximum(norms, _SMALLEST_NORM), 1)
+        factors = jnp.where(gradient_norms > bounds, bounds / jnp.maximum(gradient_norms, _SMALLEST_NORM), 1)
         return gradient * factors
 
     return transform_layers(clip, layers)
-
-
-def _vector_norms(bias: jax.Array) -> jax.Array:
-    """Returns the norms of biases ``[stack, group, output]``, ``[stack, 1, 1]``."""
-    return jnp.sqrt(jnp.square(bias).sum((1, 2), keepdims=True))

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from bnp_optax.contrib.units import norms
 from bnp_optax.moments import statistics_dtype
 
 
@@ -127,7 +128,7 @@ def gradient_norm(gradients: ArrayLike) -> jax.Array:
     """Returns the Euclidean norm of an array, however small its entries are.
 
     Gradients of activations may shrink by orders of magnitude from layer to layer; float32 loses their squares long
-    before it loses them, so the largest magnitude is taken out first.
+    before it loses them.
 
     Args:
       gradients: of a layer's activations or of a kernel, of any shape; the norm is a scalar.
@@ -136,10 +137,7 @@ def gradient_norm(gradients: ArrayLike) -> jax.Array:
       >>> print(gradient_norm(jnp.array([3e-30, 4e-30])))
       5e-30
     """
-    array = _wide(gradients)
-    largest = jnp.abs(array).max(initial=0)
-    scale = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
-    return scale * jnp.sqrt(jnp.square(array / scale).sum())
+    return norms(_wide(gradients)).squeeze()
 
 
 def magnitude_histogram(values: ArrayLike, edges: ArrayLike) -> jax.Array:

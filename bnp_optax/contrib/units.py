@@ -5,6 +5,7 @@ a convolution, one head's feature of an attention. In canonical shape (:mod:`bnp
 and the inputs, whatever the layer.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,19 +39,11 @@ def sum_over_units(array: jax.Array, num_groups: int | None = None) -> jax.Array
       >>> print(sum_over_units(kernel).ravel(), sum_over_units(kernel, num_groups=1).ravel())
       [3. 5. 7.] [15. 15. 15.]
     """
-    sums = array.sum((2, 3), keepdims=True)
-    if num_groups is None:
-        return sums
-    stack, outputs = array.shape[0], array.shape[1] * array.shape[4]
-    if num_groups < 1 or outputs % num_groups:
-        raise ValueError(f"num_groups is {num_groups}, which must divide the {outputs} outputs of a layer.")
-    of_groups = sums.reshape(stack, num_groups, outputs // num_groups)
-    shared = jnp.broadcast_to(of_groups.sum(-1, keepdims=True), of_groups.shape)
-    return shared.reshape(sums.shape)
+    return _reduce(functools.partial(jnp.sum, keepdims=True), array, num_groups)
 
 
 def unit_norms(kernel: jax.Array, num_groups: int | None = None) -> jax.Array:
-    """Returns the Euclidean norm of every output unit's weights.
+    """Returns the Euclidean norm of every output unit's weights, however large or small they are.
 
     Args:
       kernel: ``[stack, group, input, window, output]``.
@@ -66,7 +59,41 @@ def unit_norms(kernel: jax.Array, num_groups: int | None = None) -> jax.Array:
       >>> print(unit_norms(jnp.array([3.0, 4.0]).reshape(1, 1, 2, 1, 1)).item())
       5.0
     """
-    return jnp.sqrt(sum_over_units(jnp.square(kernel), num_groups))
+    return _reduce(norms, kernel, num_groups)
+
+
+def norms(array: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
+    """Returns Euclidean norms over some axes, which stay with a length of 1.
+
+    float32 loses the squares of numbers beyond 1e19, or below 1e-19, long before it loses the numbers: so the largest
+    magnitude is taken out first.
+
+    Args:
+      array: of floating-point numbers.
+      axes: those that the norms are of; ``None`` for all.
+
+    Returns:
+      The norms, in the array's dtype: infinite or nan where a number is.
+
+    Example:
+      >>> print(norms(jnp.array([[3e30, 4e30], [3e-30, 4e-30]]), (1,)).ravel())
+      [5.e+30 5.e-30]
+    """
+    largest = jnp.abs(array).max(axes, keepdims=True, initial=0)
+    scale = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
+    return scale * jnp.sqrt(jnp.square(array / scale).sum(axes, keepdims=True))
+
+
+def _reduce(reduce: Callable[..., jax.Array], array: jax.Array, num_groups: int | None) -> jax.Array:
+    """Reduces every unit's weights to one number, and those of a group's units to one that they share."""
+    of_units = reduce(array, (2, 3))
+    if num_groups is None:
+        return of_units
+    stack, outputs = array.shape[0], array.shape[1] * array.shape[4]
+    if num_groups < 1 or outputs % num_groups:
+        raise ValueError(f"num_groups is {num_groups}, which must divide the {outputs} outputs of a layer.")
+    of_groups = of_units.reshape(stack, num_groups, outputs // num_groups)
+    return jnp.broadcast_to(reduce(of_groups, (2,)), of_groups.shape).reshape(of_units.shape)
 
 
 def map_layers(
