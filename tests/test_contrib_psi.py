@@ -276,6 +276,18 @@ def test_steps_are_as_precise_as_the_parameters():
         np.testing.assert_allclose(np.linalg.norm(params["w"] + updates["w"], axis=0), 1, rtol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
+def test_gradients_of_float16_do_not_overflow_before_the_rate(dtype):
+    """Times squared norms they are beyond 65504, their steps are not."""
+    layers = bnp.Layers((bnp.Layer.dense(("w",), (2, 1)),))
+    params, gradients = {"w": jnp.array([[300.0], [400.0]], dtype)}, {"w": jnp.array([[0.4], [-0.3]], jnp.float16)}
+    for momentum in (None, 0.9):
+        tx = psi_sgd(1e-4, layers, momentum)
+        updates, _ = tx.update(gradients, tx.init(params), params)
+        assert updates["w"].dtype == dtype
+        np.testing.assert_allclose(updates["w"], [[-10], [7.5]], rtol=2e-3)
+
+
 # What it is given.
 
 

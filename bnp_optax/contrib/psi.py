@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from bnp_optax.arguments import is_known
+from bnp_optax.arguments import is_known, required_params
 from bnp_optax.contrib.units import map_layers, sum_over_units, transform_layers, unit_norms
 from bnp_optax.layers import Layer, Layers, check_layers
 from bnp_optax.moments import statistics_dtype
@@ -164,15 +164,19 @@ def psi_sgd(
         updates: optax.Updates, state: PsiSgdState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, PsiSgdState]:
         del extra_args
-        gradients, _ = riemannian.update(updates, optax.EmptyState(), params)
+        params = required_params(params)
+        # before the rate shortens them, float16 does not hold gradients times squared norms
+        wide = jax.tree.map(lambda g, param: g.astype(_wide(g, param)), updates, params)
+        gradients, _ = riemannian.update(wide, optax.EmptyState(), params)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        steps = jax.tree.map(lambda g, param: _times(-rate, g, param.dtype), gradients, params)
+        steps = jax.tree.map(lambda g: _times(-rate, g, g.dtype), gradients)
         if momentum is not None:
             steps = jax.tree.map(lambda step, u: step + _times(momentum, u, step.dtype), steps, state.trace)
         trace = steps
         if max_norm is not None:
             steps, trace = _bound_norms(steps, params, layers, max_norm, num_groups)
         kept = None if momentum is None else optax.tree.cast_like(trace, state.trace)
+        steps = jax.tree.map(lambda step, g, w: step.astype(np.result_type(g.dtype, w.dtype)), steps, updates, params)
         return steps, PsiSgdState(optax.safe_increment(state.count), kept)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -240,14 +244,13 @@ def is_scale_invariant(
     return invariant
 
 
-def _wide(kernel: Any) -> Any:
+def _wide(*arrays: Any) -> Any:
     """Returns the dtype to compute in."""
-    return statistics_dtype(np.result_type(np.float32, kernel.dtype))
+    return statistics_dtype(np.result_type(np.float32, *(array.dtype for array in arrays)))
 
 
 def _times(number: Any, array: jax.Array, dtype: Any) -> jax.Array:
-    """Returns the product in the wider of two dtypes."""
-    dtype = np.result_type(array.dtype, dtype)
+    """Returns the product in a dtype."""
     return jnp.asarray(number, dtype) * array.astype(dtype)
 
 
