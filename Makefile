@@ -7,7 +7,7 @@ DIST ?= dist
 
 .PHONY: demo test check-experiments lint docs dist check-dist paper methods optimizers figures benchmark clean
 
-demo: $(READY)  ## Train on handwritten digits with SGD, BatchNorm and BNP (ARGS=--help explains the options).
+demo: $(READY)  ## Train on handwritten digits with SGD and Adam, plain and in BNP's variables, and with BatchNorm (ARGS=--help).
 	$(BIN)/python experiments/digits.py $(ARGS)
 
 test: $(READY)  ## Run the tests, the doctests and the code of the pages (ARGS passes options to pytest, say --cov).

@@ -7,7 +7,7 @@ build the three and measure them.
 A layer's parameters are seen as one vector of n numbers: the kernel, flattened in the model's own shape, followed by
 the bias if there is one. Small eigenvalues need float64 (``jax.enable_x64(True)`` and parameters of that dtype).
 
-This module is not imported by ``bnp_optax`` and needs an extra: ``pip install 'bnp_optax[analysis]'``.
+This module is not imported by ``bnp_optax`` and needs matfree, the extra ``analysis``.
 
 References:
   Lange, Helfrich, Ye, Batch Normalization Preconditioning for Neural Network Training, JMLR 23(72), 2022.
@@ -28,7 +28,7 @@ from bnp_optax.trees import LayerTree, Weights, from_canonical, to_canonical
 try:
     from matfree import decomp, eig
 except ImportError as error:
-    raise ImportError("bnp_optax.analysis needs matfree: pip install 'bnp_optax[analysis]'") from error
+    raise ImportError("bnp_optax.analysis needs matfree: pip install matfree") from error
 
 LossFn = Callable[[optax.Params], jax.Array]
 
