@@ -65,8 +65,9 @@ def muon_dimension_numbers(layers: Layers) -> Callable[[optax.Params], Any]:
 
 def _of_kernel(kernel: Parameter) -> optax.contrib.MuonDimensionNumbers | None:
     roles = _roles_of_axes(kernel)
-    inputs = tuple(axis for axis, own in enumerate(roles) if own & set("iw"))
     outputs = tuple(axis for axis, own in enumerate(roles) if "o" in own)
+    # the last factor of an unshared window may be 1, and then seems to be of the next axis, the outputs'
+    inputs = tuple(axis for axis, own in enumerate(roles) if own & set("iw") and axis not in outputs)
     return optax.contrib.MuonDimensionNumbers(inputs, outputs) if inputs and outputs else None
 
 

@@ -69,6 +69,15 @@ def test_every_layer_is_what_it_multiplies_with():
             np.testing.assert_allclose(expected, alone, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("window", [(3, 1), (1, 3), (1, 1)])
+def test_an_axis_of_an_unshared_convolution_is_of_inputs_or_of_outputs(window):
+    """Whose inputs and window share an axis: a window of 1 there is none of the outputs' axis behind it."""
+    model, x = nn.ConvLocal(3, window), normal(0, 2, 5, 5, 4)
+    params = init(model, x)
+    numbers = bnp.muon_dimension_numbers(bnp.linen.find_layers(model, x))(params)
+    assert numbers["kernel"] == optax.contrib.MuonDimensionNumbers((2,), (3,))
+
+
 def test_it_trains_in_bnps_variables_and_in_a_state_of_nnx():
     model, x = nnx.Sequential(make(nnx.Linear, 4, 3), make(nnx.Linear, 3, 2)), normal(0, 5, 4)
     layers = bnp.nnx.find_layers(model, x)
