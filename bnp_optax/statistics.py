@@ -299,15 +299,17 @@ def _from_state_dict(target: Statistics, state: Mapping[str, Any]) -> Statistics
     if differing := sorted(set(target) ^ set(state)):
         raise ValueError(f"The saved and the needed statistics differ in having {', '.join(differing)}. {RESTORE}")
     parts: dict[str, list[Any]] = {name: [] for name in LayerStatistics._fields}
-    for path in target:
-        for name, needed in target[path]._asdict().items():
+    for path, place in target.packing.places.items():
+        for name, numbers in _NUMBERS_OF.items():
             if name not in state[path]:
                 raise ValueError(f"The saved statistics of {path} have no {name}. {RESTORE}")
             saved = np.asarray(state[path][name])
-            if saved.shape != needed.shape:
-                raise ValueError(f"{name} of {path} was saved in shape {saved.shape}, but is {needed.shape}. {RESTORE}")
-            parts[name].append(saved.ravel())
-    arrays: dict[str, Any] = {name: np.concatenate(own) for name, own in parts.items()}
+            leading = jnp.shape(getattr(target, name))[:-1]
+            needed = (*leading, *place.shape[: _RANKS[numbers]])
+            if saved.shape != needed:
+                raise ValueError(f"{name} of {path} was saved in shape {saved.shape}, but is {needed}. {RESTORE}")
+            parts[name].append(saved.reshape(*leading, -1))
+    arrays: dict[str, Any] = {name: np.concatenate(own, axis=-1) for name, own in parts.items()}
     return Statistics(target.packing, **arrays)
 
 

@@ -121,6 +121,18 @@ def test_layers_are_restored_by_name():
     chex.assert_trees_all_equal(flax.serialization.from_state_dict(tx.init(params), saved), state)
 
 
+def test_states_of_several_members_and_abstract_ones_are_restored_too():
+    params, tx, state, _ = trained()
+    members = jax.vmap(tx.init)(jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf, 3 * leaf]), params))
+    numbered = jax.tree.map(lambda leaf: jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape), members)
+    data = flax.serialization.to_bytes(numbered)
+    chex.assert_trees_all_equal(flax.serialization.from_bytes(members, data), numbered)
+    restored = flax.serialization.from_bytes(jax.eval_shape(tx.init, params), flax.serialization.to_bytes(state))
+    chex.assert_trees_all_equal(restored, state)
+    with pytest.raises(ValueError, match=r"mean of layers_0 was saved in shape \(3, .*, but is \(1, "):
+        flax.serialization.from_bytes(state, data)
+
+
 def test_pickle_round_trip():
     _, _, state, _ = trained()
     restored = pickle.loads(pickle.dumps(jax.device_get(state)))  # noqa: S301
