@@ -37,6 +37,8 @@ _MOVES = {
 }  # fmt: skip
 _SUMS = {"add", "add_any", "reduce_sum"}
 _PRIMAL = "bnp_optax.primal"
+_EITHER = "bnp_optax.either"
+_MARK = "bnp_optax.mark:"
 
 # A variable, with the jaxpr that it is of.
 Root = tuple[core.Jaxpr, Any]
@@ -68,6 +70,10 @@ class Origin(NamedTuple):
     axes: tuple[int | str, ...]
 
 
+Origins = frozenset[Origin | None]  # None for an array that is computed
+_COMPUTED: Origins = frozenset({None})
+
+
 class Dataflow:
     """Finds out which input of a jaxpr an array is."""
 
@@ -75,20 +81,27 @@ class Dataflow:
         self._producers: dict[int, tuple[core.Jaxpr, dict[Any, Any]]] = {}
 
     def origin(self, jaxpr: core.Jaxpr, var: Any) -> Origin | None:
-        """Returns where a variable of a jaxpr comes from, ``None`` if it is computed."""
+        """Returns where a variable of a jaxpr comes from, ``None`` if it is computed, or from one place or another."""
+        origins = self._origins(jaxpr, var)
+        return next(iter(origins)) if len(origins) == 1 else None
+
+    def _origins(self, jaxpr: core.Jaxpr, var: Any) -> Origins:
+        """Returns where a variable may come from: one a branch, which may turn out to be the same farther out."""
         if isinstance(var, core.Literal):
-            return None
+            return _COMPUTED
         producer = self._producers_in(jaxpr).get(var)
         if producer is None or isinstance(producer, int):
-            return None if producer is None else Origin(producer, tuple(range(len(_shape(var)))))
+            return _COMPUTED if producer is None else frozenset({Origin(producer, tuple(range(len(_shape(var)))))})
         eqn, output = producer
         if _is_primal(eqn):
-            return self.origin(*self._unstopped(jaxpr, eqn.invars[0]))
-        if (step := self._step(eqn, output)) is None:
-            return None
-        if (operand := self.origin(jaxpr, eqn.invars[step.source])) is None:
-            return None
-        return Origin(operand.source, _compose(step.axes, operand.axes))
+            return self._origins(*self._unstopped(jaxpr, eqn.invars[0]))
+        if (cases := self._cases(jaxpr, var)) != [var]:
+            return frozenset().union(*(self._origins(jaxpr, case) for case in cases))
+        found = set[Origin | None]()
+        for step in self._steps(eqn, output):
+            for operand in _COMPUTED if step is None else self._origins(jaxpr, eqn.invars[step.source]):
+                found.add(step and operand and Origin(operand.source, _compose(step.axes, operand.axes)))
+        return frozenset(found)
 
     def roots(self, jaxpr: core.Jaxpr, var: Any) -> Roots:
         """Returns the variables whose numbers this one holds, moved but not computed with: one, or one a branch."""
@@ -102,7 +115,9 @@ class Dataflow:
         name = eqn.primitive.name
         if _is_primal(eqn):
             return self.roots(*self._unstopped(jaxpr, eqn.invars[0]))
-        if name in _MOVES and jnp.issubdtype(var.aval.dtype, jnp.inexact):
+        if (cases := self._cases(jaxpr, var)) != [var]:
+            return frozenset().union(*(self.roots(jaxpr, case) for case in cases))
+        if name in _MOVES and jnp.issubdtype(var.aval.dtype, jnp.inexact) and _marked(eqn) is None:
             moved = {self.roots(jaxpr, operand) for operand in _moved(eqn, output)}
             return (moved.pop() if len(moved) == 1 else None) or itself
         inside = [self._outside(self.roots(body, body.outvars[output]), jaxpr, eqn, k) for body, k in _bodies(eqn)]
@@ -121,11 +136,24 @@ class Dataflow:
                 return Terms(set(), pairs(*(self.roots(jaxpr, operand) for operand in eqn.invars[:2])))
             if _is_primal(eqn):
                 return self.terms(*self._unstopped(jaxpr, eqn.invars[0]))
-            if name in _SUMS or name in _MOVES:
+            if (name in _SUMS or name in _MOVES) and _marked(eqn) is None:
                 return _union(self.terms(jaxpr, operand) for operand in _moved(eqn, output))
             if bodies := _bodies(eqn):
                 return _union(self._terms_outside(body, output, jaxpr, eqn, first) for body, first in bodies)
         return Terms(set(self.roots(jaxpr, var)), set())
+
+    def marks(self, jaxpr: core.Jaxpr, var: Any) -> set[str]:
+        """Returns the names of the marks, made by :func:`mark`, that a variable is the sum of."""
+        names, pending = set[str](), [var]
+        while pending:
+            var = pending.pop()
+            eqn = self._producer(jaxpr, var)
+            if eqn is not None and eqn.primitive.name in _SUMS:
+                pending += eqn.invars
+                continue
+            makers = [self._producer(body, root) for body, root in self.terms(jaxpr, var).terms]
+            names |= {name for maker in makers if maker is not None and (name := _marked(maker)) is not None}
+        return names
 
     def _terms_outside(self, body: core.Jaxpr, output: int, jaxpr: core.Jaxpr, eqn: core.JaxprEqn, first: int) -> Terms:
         """Returns the terms of an output of an equation's body, as they are outside of it."""
@@ -155,6 +183,24 @@ class Dataflow:
             return jaxpr, producer[0].invars[0]
         return jaxpr, var
 
+    def _cases(self, jaxpr: core.Jaxpr, var: Any) -> list[Any]:
+        """Returns what :func:`either` was given, again and again for many calls of a layer, or the variable itself."""
+        cases, pending = [], [var]
+        while pending:
+            var = pending.pop()
+            named = self._producer(jaxpr, var)
+            selection = self._producer(jaxpr, named.invars[0]) if named and _is_named(named, _EITHER) else None
+            if selection is None or selection.primitive.name != "select_n":
+                cases.append(var)
+            else:
+                pending += selection.invars[1:]
+        return cases
+
+    def _producer(self, jaxpr: core.Jaxpr, var: Any) -> core.JaxprEqn | None:
+        """Returns the equation that makes a variable, if one does."""
+        producer = None if isinstance(var, core.Literal) else self._producers_in(jaxpr).get(var)
+        return producer[0] if isinstance(producer, tuple) else None
+
     def _producers_in(self, jaxpr: core.Jaxpr) -> dict[Any, Any]:
         """Maps each variable to its number among the inputs, or to its equation and number among the outputs."""
         if id(jaxpr) not in self._producers:
@@ -163,39 +209,32 @@ class Dataflow:
             self._producers[id(jaxpr)] = jaxpr, table  # with the jaxpr, so that its id stays its own
         return self._producers[id(jaxpr)][1]
 
-    def _step(self, eqn: core.JaxprEqn, output: int) -> Origin | None:
-        """Returns where an output of an equation comes from among the equation's inputs."""
+    def _steps(self, eqn: core.JaxprEqn, output: int) -> Origins:
+        """Returns where an output of an equation may come from among the equation's inputs."""
         shape = _shape(eqn.outvars[output])
         axes = range(len(shape))
         match eqn.primitive.name:
             case "transpose":
-                return Origin(0, tuple(eqn.params["permutation"]))
+                return frozenset({Origin(0, tuple(eqn.params["permutation"]))})
             case "broadcast_in_dim":
                 kept = [int(axis) for axis in eqn.params["broadcast_dimensions"]]
                 if tuple(shape[axis] for axis in kept) != _shape(eqn.invars[0]):
-                    return None
-                return Origin(0, tuple(kept.index(axis) if axis in kept else MAPPED for axis in axes))
+                    return _COMPUTED
+                return frozenset({Origin(0, tuple(kept.index(axis) if axis in kept else MAPPED for axis in axes))})
             case "convert_element_type" | "copy" | "sharding_constraint":
-                return Origin(0, tuple(axes))
-            case "scan":
-                return self._through_scan(eqn, output)
-            case "cond":
-                first, *others = (
-                    self.origin(branch.jaxpr, branch.jaxpr.outvars[output]) for branch in eqn.params["branches"]
-                )
-                same = all(other == first for other in others)
-                return Origin(first.source + 1, first.axes) if first is not None and same else None
-        return self._through_call(eqn, output)
+                return frozenset({Origin(0, tuple(axes))})
+        inside = [(self._origins(body, body.outvars[output]), body, first) for body, first in _bodies(eqn)]
+        if eqn.primitive.name == "scan":
+            ((origins, body, _),) = inside
+            return frozenset(self._out_of_scan(eqn, body, output, origin) for origin in origins)
+        outside = {origin and Origin(origin.source + first, origin.axes) for own, _, first in inside for origin in own}
+        return frozenset(outside) if inside else _COMPUTED
 
-    def _through_call(self, eqn: core.JaxprEqn, output: int) -> Origin | None:
-        """For an equation that evaluates one jaxpr on its inputs: `jit`, `remat`, a function with a custom rule."""
-        body = _called(eqn)
-        return None if body is None else self.origin(body, body.outvars[output])
-
-    def _through_scan(self, eqn: core.JaxprEqn, output: int) -> Origin | None:
-        body, (num_consts, num_carry) = eqn.params["jaxpr"].jaxpr, _loop_numbers(eqn)
-        if (inner := self.origin(body, body.outvars[output])) is None:
+    def _out_of_scan(self, eqn: core.JaxprEqn, body: core.Jaxpr, output: int, inner: Origin | None) -> Origin | None:
+        """Returns where an output of a scan comes from, whose body has it from one of its own inputs."""
+        if inner is None:
             return None
+        num_consts, num_carry = _loop_numbers(eqn)
         scanned = inner.source >= num_consts + num_carry
         carried = inner.source - num_consts if not scanned and inner.source >= num_consts else None
         if carried is not None and self.origin(body, body.outvars[carried]) != Origin(
@@ -224,9 +263,40 @@ def primal(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: checkpoint_name(jax.lax.stop_gradient(leaf), _PRIMAL), tree)
 
 
+def either(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns one of two arrays of equal shapes and dtypes, which the walks take for one if the two are the same."""
+    chosen: jax.Array = checkpoint_name(jax.lax.select_n(jnp.array(False), a, b), _EITHER)
+    return chosen
+
+
+def mark(name: str) -> jax.Array:
+    """Returns a number that marks where in a program it was made, to be found there and in what comes out of it."""
+    made: jax.Array = checkpoint_name(jnp.zeros(()), f"{_MARK}{name}")
+    return made
+
+
+def marks_in(jaxpr: core.Jaxpr) -> set[str]:
+    """Returns the names of all marks in a program, whether they come out of it or not."""
+    names = {name for eqn in jaxpr.eqns if (name := _marked(eqn)) is not None}
+    params = [param for eqn in jaxpr.eqns for param in eqn.params.values()]
+    each = [one for param in params for one in (param if isinstance(param, list | tuple) else [param])]
+    inside = [getattr(one, "jaxpr", one) for one in each]
+    return names.union(*(marks_in(body) for body in inside if isinstance(body, core.Jaxpr)))
+
+
+def _marked(eqn: core.JaxprEqn) -> str | None:
+    """Returns the name of the mark that an equation makes, ``None`` if it makes none."""
+    is_mark = eqn.primitive.name == "name" and eqn.params["name"].startswith(_MARK)
+    return eqn.params["name"].removeprefix(_MARK) if is_mark else None
+
+
 def _is_primal(eqn: core.JaxprEqn) -> bool:
     """Returns whether an equation is the mark of :func:`primal`."""
-    return eqn.primitive.name == "name" and eqn.params["name"] == _PRIMAL
+    return _is_named(eqn, _PRIMAL)
+
+
+def _is_named(eqn: core.JaxprEqn, name: str) -> bool:
+    return eqn.primitive.name == "name" and eqn.params["name"] == name
 
 
 def pairs(*factors: Roots) -> set[frozenset[Root]]:

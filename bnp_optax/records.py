@@ -48,7 +48,10 @@ def pool_records(earlier: InputMoments | None, record: InputMoments, where: str)
     if earlier is None:
         return record
     if earlier.total.shape != record.total.shape:
-        raise RecordError(where, ": it is called both inside and outside of a transform that adds an axis")
+        sizes = [moments.total.shape[-1] for moments in (earlier, record)]
+        inputs = f"with inputs of {sizes[0]} and of {sizes[1]} features"
+        reason = "both inside and outside of a transform that adds an axis" if sizes[0] == sizes[1] else inputs
+        raise RecordError(where, f": it is called {reason}. Record the others alone: capture(model, layers=layers)")
     return pool(jax.tree.map(lambda a, b: jnp.stack([a, b.astype(a.dtype)]), earlier, record), repeat_axes=[0])
 
 

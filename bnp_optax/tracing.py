@@ -1,8 +1,9 @@
 """From the traced calls of a model's layers to their description, for Linen and NNX alike.
 
-While a model is searched, every call of a layer leaves a :class:`Call` in the place of its record: its kernel and bias
-themselves beside the record, so that all leave the same transforms. What the model's program then returns tells the
-rest. Take a layer with a kernel ``[3, 4]`` under ``nn.scan`` with a length of 5 and ``variable_axes={"params": 1}``::
+While a model is searched, every call of a layer leaves a :class:`~bnp_optax.searching.Call` in the place of its record:
+its kernel and bias themselves beside the record, so that all leave the same transforms. What the model's program then
+returns tells the rest. Take a layer with a kernel ``[3, 4]`` under ``nn.scan`` with a length of 5 and
+``variable_axes={"params": 1}``::
 
     a parameter of the model            [3, 5, 4]   an input of the program
     the kernel that the layer sees      [3, 4]      a slice of it
@@ -14,156 +15,19 @@ So the kernel is that parameter, its own axes are 0 and 2, and its axis 1 is a s
 
 import collections
 import dataclasses
-import functools
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core
 
-from bnp_optax.counting import Counting
-from bnp_optax.dataflow import MAPPED, Dataflow, made_in, pairs, primal
+from bnp_optax.dataflow import MAPPED, Dataflow, made_in, marks_in, pairs
 from bnp_optax.layers import Excluded, Layer, Layers, Parameter, Path, layer_name
-from bnp_optax.layouts import BESIDE, LAYERS, Layout, Product, RecordError, Split
-from bnp_optax.moments import InputMoments
-from bnp_optax.records import moments_of, pool_records
+from bnp_optax.layouts import Layout, RecordError, Split
+from bnp_optax.searching import EXPLICIT, Call, Log, Watch
 
-# Which calls a search is to see: a function of their site.
-Watch = Callable[[Path], bool]
-
-EXPLICIT = "applied with explicit parameters, where its input is not recorded"
 _LEAKED = "inside a transform of JAX, which lets no record out"
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("kernel", "bias", "record", "x", "y", "marks"),
-    meta_fields=("site", "kind", "layout", "examples", "calls"),
-)
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """A layer as it was called, stored in the place of its record.
-
-    Attributes:
-      site: the path of its module, and the kernel's name there.
-      kind: the module's class.
-      layout: its axis roles, or why its calls are no layer.
-      examples: how many examples its input has, ``None`` if it has no axis of them.
-      calls: how often it was called; 0 in a search that does not count, as branches may differ in it.
-      kernel: its kernel.
-      bias: its bias, if it has one.
-      record: the record of its input, ``None`` if it is not to be recorded.
-      x: its input, ``None`` if the product is with something made of it; of several calls the first's, as ``y``.
-      y: what has to be the sum of the product and the bias, or the kernel itself; ``None`` if that is not known.
-      marks: arrays of shape ``(2,)`` and ``(3,)``, which are the last axes outside the transforms
-        only if all these add their axis in front.
-    """
-
-    site: Path
-    kind: str
-    layout: Layout | str
-    examples: int | None
-    calls: int
-    kernel: Any
-    bias: Any
-    record: InputMoments | None
-    x: Any
-    y: Any
-    marks: tuple[Any, ...]
-
-    def pooled_with(self, earlier: "Call | None") -> "Call":
-        """Returns what stands for this call and earlier ones of the same layer."""
-        if earlier is None:
-            return self
-        if earlier.record is None or self.record is None:
-            return earlier
-        if self.layout != earlier.layout:
-            return dataclasses.replace(earlier, layout="called in several ways")
-        if self.record.total.shape != earlier.record.total.shape:
-            return dataclasses.replace(
-                earlier, layout="called both inside and outside of a transform that adds an axis"
-            )
-        record = pool_records(earlier.record, self.record, layer_name(self.site))
-        return dataclasses.replace(earlier, record=record, calls=earlier.calls + self.calls)
-
-
-@dataclasses.dataclass
-class Log:
-    """What a search has seen.
-
-    Attributes:
-      seen: the sites of calls, whether these came out or not, in their order, each with the paths in the module of the
-        parameters that the call read.
-      reasons: why parameters are excluded that are no layer's, by their path or that of their module.
-      counts: whether calls are counted.
-      explicit: how many calls with explicit parameters it has seen.
-    """
-
-    seen: dict[Path, list[Path]] = dataclasses.field(default_factory=dict)
-    reasons: dict[Path, str] = dataclasses.field(default_factory=dict)
-    counts: bool = False
-    explicit: int = 0
-
-    def note(
-        self, path: Path, module: Any, product: Product, parameters: Mapping[str, jax.Array], watch: Watch
-    ) -> Call | None:
-        """Notes what a module multiplies, and returns the call that is to be left, if any is.
-
-        Args:
-          path: the module's.
-          module: it.
-          product: an input and one of its parameters.
-          parameters: its parameters by name, as they are inside the transforms around the call.
-          watch: whether a call at some site is to be left at all.
-        """
-        site = (*path, product.kernel)
-        read = [(*path, name) for name in (product.kernel, product.bias) if name is not None]
-        if isinstance(module, tuple(LAYERS)):
-            self.reasons[path] = BESIDE  # of what a subclass adds
-        if not isinstance(product.layout, Layout):
-            self.reasons |= dict.fromkeys(read if product.kernel in parameters else [path], product.layout)
-            return None
-        self.seen[site] = read
-        if not watch(site):
-            return None
-        name = layer_name(site)
-        x_is_traced = product.is_of_x and isinstance(product.x, jax.core.Tracer)
-        return Call(
-            site,
-            type(module).__name__,
-            product.layout,
-            examples=product.layout.examples(product.x),
-            calls=int(self.counts),
-            kernel=primal(parameters[product.kernel]),
-            bias=None if product.bias is None else primal(parameters[product.bias]),
-            record=moments_of(Counting(), product.layout, product.x, name, name),
-            x=primal(product.x) if x_is_traced else None,
-            y=primal(product.y),
-            marks=(jnp.zeros(2), jnp.zeros(3)),
-        )
-
-
-def explicit_call(site: Path, product: Product, parameters: Mapping[str, jax.Array]) -> Call:
-    """Returns what a call with explicit parameters leaves: these alone, which come out of any transform."""
-    kernel = primal(parameters[product.kernel])
-    bias = None if product.bias is None else primal(parameters[product.bias])
-    return Call(site, "", EXPLICIT, None, 0, kernel, bias, record=None, x=None, y=None, marks=())
-
-
-@dataclasses.dataclass(eq=False)
-class Finder:
-    """What leaves each call in the place of its record.
-
-    Attributes:
-      watch: which calls it leaves.
-      log: where it notes them.
-      counting: ``None``, as no record is made.
-    """
-
-    watch: Watch
-    log: Log
-    counting: None = None
 
 
 class Traced(NamedTuple):
@@ -180,21 +44,35 @@ class Traced(NamedTuple):
     inputs: Sequence[Path | None]
 
 
+# Traces a model, leaving the calls at some sites, and notes in a log what it sees.
+Trace = Callable[[Watch, Log], Traced]
+
+
+def make_jaxpr(forward: Callable[..., list[Call]], *args: Any) -> tuple[core.ClosedJaxpr, list[Call]]:
+    """Returns the program of a forward pass, and what it returns, with shapes for arrays.
+
+    Also where a user has disabled ``jit`` to look inside, which takes loops apart, and with them the layers in these.
+    """
+    with jax.disable_jit(False):
+        jaxpr, calls = jax.make_jaxpr(forward, return_shape=True)(*args)
+    return jaxpr, calls
+
+
 def find(
-    trace: Callable[[Watch], Traced],
-    trace_pass: Callable[[Watch, Log], Traced],
-    log: Log,
+    trace: Trace,
+    trace_pass: Trace,
     params: Mapping[Path, tuple[int, ...]],
     not_recorded: str,
+    reasons: Mapping[Path, str] = types.MappingProxyType({}),
 ) -> Layers:
     """Finds the layers of a model.
 
     Args:
-      trace: traces the model, leaving the calls at some sites.
-      trace_pass: traces a forward pass as in training, with a log of its own.
-      log: where it notes what it sees.
+      trace: traces the model.
+      trace_pass: traces a forward pass of it as in training.
       params: the shapes of the model's parameters by path.
       not_recorded: the reason of layers whose record got lost.
+      reasons: those of parameters of no layer, by their path or that of their module.
 
     Returns:
       The layers, and what is excluded.
@@ -202,9 +80,10 @@ def find(
     Raises:
       RecordError: naming the layer, if its input is empty.
     """
-    traced, lost = _trace(trace, log, not_recorded)
-    calls, left_behind = _resolve(traced)
-    lost |= dict.fromkeys(left_behind, _LEAKED)
+    log = Log(reasons=dict(reasons))
+    traced, lost = _trace(lambda watch: trace(watch, log), log, not_recorded)
+    calls, lost_inside = _resolve(traced, not_recorded)
+    lost |= lost_inside
     by_site = {call.site: call for call in calls}
     layers: dict[Path, Layer] = {}
     why = log.reasons
@@ -222,15 +101,15 @@ def find(
     claims = collections.Counter(parameter.path for layer in layers.values() for parameter in layer.parameters)
     elsewhere |= {path: "shared by layers whose inputs differ" for path, count in claims.items() if count > 1}
     for site, layer in list(layers.items()):
-        if reasons := [elsewhere[parameter.path] for parameter in layer.parameters if parameter.path in elsewhere]:
+        if others := [elsewhere[parameter.path] for parameter in layer.parameters if parameter.path in elsewhere]:
             del layers[site]
-            why |= {parameter.path: reasons[0] for parameter in layer.parameters}
+            why |= {parameter.path: others[0] for parameter in layer.parameters}
 
-    for site, in_pass in _pass(trace_pass, set(layers)).items():
+    for site, in_pass in _pass(trace_pass, set(layers), params, not_recorded).items():
         if isinstance(in_pass, str):
             why |= {parameter.path: in_pass for parameter in layers.pop(site).parameters}
         else:
-            layers[site] = dataclasses.replace(layers[site], calls=in_pass)
+            layers[site] = in_pass
 
     covered = {parameter.path for layer in layers.values() for parameter in layer.parameters}
     excluded = []
@@ -242,14 +121,15 @@ def find(
     return Layers(tuple(layers.values()), tuple(excluded), complete=True)
 
 
-def _pass(trace_pass: Callable[[Watch, Log], Traced], sites: set[Path]) -> dict[Path, int | str]:
-    """Returns how often some layers are called in training, or why they are none there, as models may do otherwise."""
+def _pass(
+    trace_pass: Trace, sites: set[Path], params: Mapping[Path, tuple[int, ...]], lost: str
+) -> dict[Path, Layer | str]:
+    """Returns what some layers are in training, or why they are none there, as models may do otherwise in ``init``."""
     try:
-        calls, left_behind = _resolve(trace_pass(sites.__contains__, Log(counts=True)))
+        calls, lost_inside = _resolve(trace_pass(sites.__contains__, Log(counts=True)), lost)
     except Exception:  # as where the branches of a condition leave different calls
         return {}
-    in_pass = {call.site: call.layout if isinstance(call.layout, str) else call.calls for call in calls}
-    return in_pass | dict.fromkeys(left_behind, _LEAKED)
+    return {call.site: _describe(call, params, lost) for call in calls} | lost_inside
 
 
 def _trace(trace: Callable[[Watch], Traced], log: Log, not_recorded: str) -> tuple[Traced, dict[Path, str]]:
@@ -298,16 +178,23 @@ class _Value(NamedTuple):
     axes: tuple[int | str, ...]
 
 
-def _resolve(traced: Traced) -> tuple[list[Call], list[Path]]:
-    """Returns the calls with :class:`_Value` in the place of arrays, and the sites of those that did not come out."""
+def _resolve(traced: Traced, not_recorded: str) -> tuple[list[Call], dict[Path, str]]:
+    """Returns the calls with :class:`_Value` in the place of arrays, and why others did not come out, by their site."""
     dataflow, jaxpr = Dataflow(), traced.jaxpr.jaxpr
-    outputs, made = iter(jaxpr.outvars), made_in(traced.jaxpr)
-    calls, left_behind = [], []
+    outputs, made, marks = iter(jaxpr.outvars), made_in(traced.jaxpr), marks_in(jaxpr)
+    calls: list[Call] = []
+    lost: dict[Path, str] = {}
     for call in traced.calls:
         arrays, structure = jax.tree.flatten(call)
         variables = [next(outputs) for _ in arrays]
         if not all(isinstance(var, core.Literal) or var in made for var in variables):
-            left_behind.append(call.site)
+            lost[call.site] = _LEAKED
+            continue
+        with_variables = jax.tree.unflatten(structure, variables)
+        marked = {name for name in marks if name.partition(":")[2] == "/".join(call.site)}
+        out = dataflow.marks(jaxpr, with_variables.token) if marked else set()
+        if isinstance(call.layout, Layout) and not marked <= out:
+            lost[call.site] = not_recorded  # of some of its calls
             continue
         values = []
         for array, var in zip(arrays, variables, strict=True):
@@ -315,9 +202,9 @@ def _resolve(traced: Traced) -> tuple[list[Call], list[Path]]:
             source, axes = (None, ()) if origin is None else (traced.inputs[origin.source], origin.axes)
             values.append(_Value(array.shape, source, axes))
         resolved = jax.tree.unflatten(structure, values)
-        reason = _is_no_layer(jax.tree.unflatten(structure, variables), dataflow, jaxpr)
+        reason = _is_no_layer(with_variables, dataflow, jaxpr)
         calls.append(resolved if reason is None else dataclasses.replace(resolved, layout=reason))
-    return calls, left_behind
+    return calls, lost
 
 
 def _is_no_layer(call: Call, dataflow: Dataflow, jaxpr: core.Jaxpr) -> str | None:
@@ -345,7 +232,7 @@ def _describe(call: Call, params: Mapping[Path, tuple[int, ...]], not_recorded: 
     if call.record is None:
         return not_recorded
     added = len(call.record.total.shape) - 3
-    if [mark.shape[added:] for mark in call.marks] != [(2,), (3,)]:
+    if [array.shape[added:] for array in call.axes] != [(2,), (3,)]:
         return not_recorded
     kernel = _lifted(call.kernel, call.layout.kernel, added, params)
     # A bias that is not trained is a constant, as if there were none.
@@ -363,7 +250,7 @@ def _describe(call: Call, params: Mapping[Path, tuple[int, ...]], not_recorded: 
         axis = call.kernel.axes.index(MAPPED)
         roles[axis] = "e"
         examples = call.record.total.shape[axis] if call.examples is None else examples
-    return Layer(call.kind, kernel, bias, layer_name(call.site), "".join(roles), examples=examples)
+    return Layer(call.kind, kernel, bias, layer_name(call.site), "".join(roles), call.calls or 1, examples)
 
 
 def _lifted(value: _Value, split: Split, num_added: int, params: Mapping[Path, tuple[int, ...]]) -> Parameter | None:

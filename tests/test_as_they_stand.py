@@ -102,6 +102,131 @@ def test_each_layer_that_is_also_applied_with_explicit_parameters_is_excluded():
     assert {other.path[0] for other in layers.excluded} == {"a", "b"}
 
 
+class OneStepInInit(nn.Module):
+    """Goes over the steps of a sequence `[batch, time, features]`, but for the first pass, which is for the shapes."""
+
+    @nn.compact
+    def __call__(self, x):
+        dense = nn.Dense(4, param_dtype=float, name="dense")
+        if self.is_initializing():
+            return dense(x[:, 0])
+        axes = {"variable_broadcast": "params", "variable_axes": {"intermediates": 0}, "in_axes": 1}
+        step = lambda dense, carry, x: (jnp.tanh(dense(carry + x)), None)  # noqa: E731
+        return nn.scan(step, split_rngs={"params": False}, **axes)(dense, jnp.zeros_like(x[:, 0]), x)[0]
+
+
+def test_a_layer_is_what_it_is_in_training_where_init_calls_it_in_another_way():
+    x = np.random.default_rng(0).normal(size=(5, 6, 4))
+    layers = bnp.linen.find_layers(OneStepInInit(), x)
+    assert layers["dense"].record_axes == "r"
+    tx, params = bnp.scale_by_bnp(layers), init(OneStepInInit(), x)
+    _, records = jax.jit(bnp.linen.capture(OneStepInInit()))({"params": params}, x)
+    _, state = tx.update(params, tx.init(params), intermediates=records)
+    assert state["dense"].seen == 5  # examples, and not 30
+
+    class Turned(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            equation = "bti,io->bto" if self.is_initializing() else "bto,io->bti"
+            return nn.Einsum((4, 4), equation, use_bias=False, param_dtype=float, name="turned")(x)
+
+    assert bnp.linen.find_layers(Turned(), np.ones((5, 6, 4)))["turned"].kernel.roles == "oi"
+
+
+def transposed(params):
+    return jax.tree.map(jnp.transpose, params)
+
+
+@pytest.mark.parametrize("features", [4, 3])
+def test_a_kernel_that_init_makes_in_another_shape_is_excluded(features):
+    """Of `nn.map_variables`, whose maps cancel in `init`."""
+
+    class Mapped(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            dense = nn.map_variables(
+                nn.Dense, "params", transposed, transposed, init=self.is_initializing(), mutable=True
+            )
+            return dense(features, use_bias=False, param_dtype=float, name="dense")(x)
+
+    layers = bnp.linen.find_layers(Mapped(), X)
+    assert {other.path: other.shape for other in layers.excluded} == {("dense", "kernel"): (features, 4)}
+
+
+@pytest.mark.parametrize("latents", [4, 3])
+def test_a_layer_that_is_called_with_its_kernel_transposed_as_well_is_excluded(latents):
+    """The tied autoencoder of Flax's documentation: the decoder's inputs are what the encoder's kernel gives."""
+
+    class Tied(nn.Module):
+        @nn.compact
+        def apply_tied(self, x, decode):
+            dense = lambda _: nn.Dense(4 if decode else latents, use_bias=False, param_dtype=float)(x)  # noqa: E731
+            change = transposed if decode else lambda params: params
+            return nn.map_variables(dense, "params", change, change, mutable=True)(self)
+
+        def __call__(self, x):
+            return self.apply_tied(self.apply_tied(x, False), True)
+
+    layers = bnp.linen.find_layers(Tied(), X)
+    assert [other.path for other in layers.excluded] == [("Dense_0", "kernel")]
+    if latents == 3:
+        with pytest.raises(ValueError, match=r"Dense_0 .* called with inputs of 4 and of 3 features. Record"):
+            bnp.linen.capture(Tied())({"params": init(Tied(), X)}, X)
+
+
+JAX_TRANSFORMS = {
+    "checkpoint": jax.checkpoint,
+    "jit": jax.jit,
+    "vmap": lambda call: jax.vmap(call, in_axes=(None, 0)),
+    "grad": lambda call: jax.grad(lambda layer, x: jnp.sum(call(layer, x)), argnums=1),
+}
+
+
+@pytest.mark.parametrize("inside_first", [True, False])
+@pytest.mark.parametrize("transform", JAX_TRANSFORMS)
+def test_a_layer_of_nnx_one_of_whose_calls_is_lost_is_excluded(transform, inside_first):
+    """Or its statistics would be those of the other calls alone: a transform of JAX calls a copy of it."""
+    inside = JAX_TRANSFORMS[transform](lambda layer, x: layer(x))
+
+    def call(layers, x):
+        order = (inside, nnx.Linear.__call__, inside) if inside_first else (nnx.Linear.__call__, inside)
+        for each in order:
+            x = each(layers[0], x)
+        return layers[1](x)
+
+    class Both(nnx.Module):
+        def __init__(self):
+            self.layers = nnx.List([make(nnx.Linear, 4, 4, seed=seed) for seed in range(2)])
+
+        def __call__(self, x):
+            return call(self.layers, x)
+
+    layers = bnp.nnx.find_layers(Both(), X)
+    assert list(layers) == ["layers/1"]
+    (reason,) = {other.reason for other in layers.excluded}
+    assert "record is lost: in a transform of jax" in reason
+
+
+@pytest.mark.parametrize("inside_first", [True, False])
+@pytest.mark.parametrize("transform", [nnx.remat, nnx.jit])
+def test_a_layer_of_nnx_all_of_whose_calls_come_out_has_them_all(transform, inside_first):
+    inside, outside = transform(lambda layer, x: layer(x)), lambda layer, x: layer(x)
+
+    class Both(nnx.Module):
+        def __init__(self):
+            self.layer = make(nnx.Linear, 4, 4)
+
+        def __call__(self, x):
+            for each in (inside, outside, inside) if inside_first else (outside, inside, outside):
+                x = each(self.layer, x)
+            return x
+
+    model = Both()
+    assert bnp.nnx.find_layers(model, X)["layer"].calls == 3
+    _, records = bnp.nnx.capture(model)(X)
+    assert records["layer"].positions == 15
+
+
 @pytest.mark.parametrize("inside_first", [True, False])
 def test_a_layer_one_of_whose_calls_is_lost_is_not_recorded_at_all(inside_first):
     """Or a part of its inputs would pass for all of them; chosen, as the search says, it has both calls."""

@@ -7,7 +7,7 @@ import pytest
 from helpers import normal
 from jax.extend.core import Literal
 
-from bnp_optax.dataflow import LOOPED, MAPPED, Dataflow, made_in, primal
+from bnp_optax.dataflow import LOOPED, MAPPED, Dataflow, either, made_in, mark, marks_in, primal
 
 XS = 5  # the length of loops
 
@@ -39,6 +39,10 @@ PROGRAMS = {
     "the last slice of what is scanned": (lambda w: over(lambda _, row: (row, None), w[0], w)[0], None),
     "a constant that the loop carries out": (lambda w: over(lambda c, _: (w, None), 2 * w)[0], (0, 1)),
     "in both branches": (lambda w: jax.lax.cond(w[0, 0] > 0, lambda w: w.T, lambda w: w.T, w), (1, 0)),
+    "either of two that are one": (lambda w: either(jax.checkpoint(lambda w: w.T)(w), w.T), (1, 0)),
+    "either of two that are one farther out": (lambda w: jax.jit(either)(w.T, w.T), (1, 0)),
+    "either of two views": (lambda w: either(w[:4, :4], w[:4, :4].T), None),
+    "either of two views of all": (lambda w: either(w, w[::-1]), None),
     "in one branch": (lambda w: jax.lax.cond(w[0, 0] > 0, lambda w: w, lambda w: 2 * w, w), None),
 }
 
@@ -55,6 +59,36 @@ def test_an_output_is_what_its_origin_says(name):
         first = output[tuple(0 if isinstance(axis, str) else slice(None) for axis in axes)]
         np.testing.assert_array_equal(first, np.transpose(w, [axis for axis in axes if not isinstance(axis, str)]))
         np.testing.assert_array_equal(output, np.broadcast_to(first, output.shape))  # where it repeats
+
+
+def test_marks_tell_what_comes_out_of_a_program():
+    """Of a sum over calls, loops and branches; what a transform inside drops is in the program still."""
+
+    def program(x):
+        dropped, kept = jax.checkpoint(lambda x: (mark("dropped") + x, mark("kept")))(x)
+        looped = over(lambda c, _: (c, mark("loop")))[1].sum()
+        branch = jax.lax.cond(x > 0, lambda: mark("then"), lambda: mark("else"))
+        return kept + jax.jit(lambda: mark("compiled"))() + looped + branch, dropped * 2
+
+    jaxpr = jax.make_jaxpr(program)(1.0).jaxpr
+    out = {"kept", "compiled", "loop", "then", "else"}
+    assert Dataflow().marks(jaxpr, jaxpr.outvars[0]) == out
+    assert marks_in(jaxpr) == out | {"dropped"}
+
+
+def test_what_many_calls_leave_is_walked_through_however_deep_pythons_stack_is():
+    calls = 1500
+
+    def program(w):
+        kernel, token = w, mark("0")
+        for call in range(1, calls):
+            kernel, token = either(kernel, w), token + mark(str(call))
+        return kernel, token
+
+    jaxpr = jax.make_jaxpr(program)(normal(0, XS, 4)).jaxpr
+    assert Dataflow().origin(jaxpr, jaxpr.outvars[0]).axes == (0, 1)
+    assert len(Dataflow().roots(jaxpr, jaxpr.outvars[0])) == 1
+    assert Dataflow().marks(jaxpr, jaxpr.outvars[1]) == set(map(str, range(calls)))
 
 
 PRODUCTS = {

@@ -232,6 +232,48 @@ def test_gradients_do_not_flow_through_records():
     np.testing.assert_array_equal(nnx.grad(total, argnums=1)(model, x), 0)
 
 
+@pytest.mark.parametrize("value", [0.5, None, {"a": np.ones(3), "b": np.ones((2, 2))}])
+def test_parameters_that_hold_no_array_or_several_are_excluded_and_trained(value):
+    class Other(nnx.Module):
+        def __init__(self):
+            self.dense, self.other = make(nnx.Linear, 4, 3), nnx.Param(value)
+
+        def __call__(self, x):
+            return self.dense(x) * sum(map(jnp.sum, jax.tree.leaves(self.other.get_value())), 1)
+
+    model, x = Other(), normal(0, 5, 4)
+    layers = bnp.nnx.find_layers(model, x)
+    assert [other.shape for other in layers.excluded] == [np.shape(leaf) for leaf in jax.tree.leaves(value)]
+    optimizer = nnx.Optimizer(model, bnp.preconditioned(optax.sgd(1e-5), layers), wrt=nnx.Param)
+
+    def loss_fn(model):
+        y, records = bnp.nnx.capture(model)(x)
+        return jnp.square(y).sum(), records
+
+    before = loss_fn(model)[0]
+    gradients, records = nnx.grad(loss_fn, has_aux=True)(model)
+    optimizer.update(model, gradients, intermediates=records)
+    assert loss_fn(model)[0] < before
+    for new, old in zip(jax.tree.leaves(model.other.get_value()), jax.tree.leaves(value), strict=True):
+        assert np.all(new != old)
+
+
+LOSING = {
+    "vmap": lambda layer, x: nnx.vmap(lambda layer, x: layer(x), in_axes=(None, 0))(layer, x),
+    "fori_loop": lambda layer, x: nnx.fori_loop(0, 2, lambda _, carry: (carry[0], carry[0](carry[1])), (layer, x))[1],
+    "cond": lambda layer, x: nnx.cond(x[0, 0] > 0, lambda layer, x: layer(x), lambda layer, x: x, layer, x),
+}
+
+
+@pytest.mark.parametrize("name", LOSING)
+def test_an_error_of_flax_where_a_record_cannot_leave_has_a_note(name):
+    model, x = nnx.List([Wrapped(make(nnx.Linear, 4, 4), LOSING[name]), make(nnx.Linear, 4, 2)]), normal(0, 5, 4)
+    run = lambda model, x: model[1](model[0](x))  # noqa: E731
+    with pytest.raises((TypeError, ValueError)) as failure:
+        bnp.nnx.capture(run)(model, x)
+    assert any("a record cannot leave a transform" in note for note in failure.value.__notes__)
+
+
 def test_a_pass_that_fails_leaves_the_model_as_it_was():
     model = nnx.Sequential(make(nnx.Linear, 3, 4), nnx.relu)
     with pytest.raises(TypeError):

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from flax import errors
 
 from bnp_optax import tracing
 from bnp_optax.layers import Layers
@@ -13,7 +14,8 @@ from bnp_optax.layouts import Product
 from bnp_optax.linen.calls import observe, parameters
 from bnp_optax.observing import no_model, noting_the_call
 from bnp_optax.records import record_key
-from bnp_optax.tracing import Call, Finder, Log, Traced, Watch, explicit_call
+from bnp_optax.searching import Call, Finder, Log, Watch, explicit_call
+from bnp_optax.tracing import Traced, make_jaxpr
 from bnp_optax.trees import as_path
 
 _NOT_RECORDED = "inside a transform without 'intermediates': 0 in its variable_axes"
@@ -75,7 +77,6 @@ def find_layers(
     # traced, as a box constrains what it holds where a mesh is set
     unboxed = jax.tree_util.tree_leaves_with_path(jax.eval_shape(nn.unbox, params))
     shapes = {as_path(keys): leaf.shape for keys, leaf in unboxed}
-    log = Log()
 
     def trace(run: Callable[..., Any], variables: Any, watch: Watch, log: Log) -> Traced:
         def forward(variables: Any, arrays: list[jax.Array]) -> list[Call]:
@@ -84,17 +85,20 @@ def find_layers(
             leaves = jax.tree.leaves(intermediates, is_leaf=_is_call)
             return [leaf for leaf in leaves if _is_call(leaf)]
 
-        jaxpr, calls = jax.make_jaxpr(forward, return_shape=True)(variables, arrays)
+        jaxpr, calls = make_jaxpr(forward, variables, arrays)
         return Traced(jaxpr, calls, [*shapes, *[None] * (len(jaxpr.jaxpr.invars) - len(shapes))])
 
-    def trace_init(watch: Watch) -> Traced:
+    def trace_init(watch: Watch, log: Log) -> Traced:
         return trace(init, params, watch, log)
 
     def trace_pass(watch: Watch, log: Log) -> Traced:
         others = {name: value for name, value in variables.items() if name not in ("params", "intermediates")}
         return trace(apply, (params, others), watch, log)
 
-    return tracing.find(trace_init, trace_pass, log, shapes, _NOT_RECORDED)
+    try:
+        return tracing.find(trace_init, trace_pass, shapes, _NOT_RECORDED)
+    except errors.ScopeParamShapeError:  # init makes parameters in another shape than it finds them in
+        return tracing.find(trace_pass, trace_pass, shapes, _NOT_RECORDED)
 
 
 class _Finder(Finder):

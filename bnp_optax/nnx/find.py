@@ -1,10 +1,10 @@
 """Find the linear layers of an NNX model."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from bnp_optax import tracing
@@ -14,7 +14,8 @@ from bnp_optax.nnx.calls import observe, parameters
 from bnp_optax.nnx.recording import SITE, LostError, Site, captured_by, module_paths, store
 from bnp_optax.observing import no_model, noting_the_call
 from bnp_optax.records import record_key
-from bnp_optax.tracing import Call, Finder, Log, Traced, Watch
+from bnp_optax.searching import Call, Finder, Log, Watch
+from bnp_optax.tracing import Traced, make_jaxpr
 from bnp_optax.trees import as_path
 
 _NOT_RECORDED = (
@@ -80,7 +81,7 @@ def find_layers(model: nnx.Module, *args: Any, method: Callable[..., Any] | str 
     shapes = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
     modules = module_paths(model)
     sites = nnx.from_flat_state([((*keys, SITE), _Found(Site(path))) for path, (keys, _) in modules.items()])
-    log = Log(reasons={path: reason_to_exclude(module) for path, (_, module) in modules.items()})
+    reasons = {path: reason_to_exclude(module) for path, (_, module) in modules.items()}
 
     def trace(watch: Watch, log: Log) -> Traced:
         def forward(state: Any, shapes: list[jax.Array]) -> list[Call]:
@@ -93,19 +94,23 @@ def find_layers(model: nnx.Module, *args: Any, method: Callable[..., Any] | str 
             values = [variable.get_value() for _, variable in nnx.to_flat_state(found)]
             return [value for value in values if isinstance(value, Call)]
 
-        jaxpr, calls = jax.make_jaxpr(forward, return_shape=True)(state, shapes)
-        inputs: list[Path | None] = []
-        for keys, variable in jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_variable):
-            inputs += [as_path(keys[1:]) if keys[0].key == 0 else None] * len(jax.tree.leaves(variable))
+        jaxpr, calls = make_jaxpr(forward, state, shapes)
+        # the model is the first of the two in the state
+        inputs = [path[1:] if path[0] == "0" else None for path, _ in _arrays(state)]
         return Traced(jaxpr, calls, [*inputs, *(None for _ in shapes)])
 
-    params = jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param), is_leaf=_is_variable)
-    shapes_by_path = {as_path(keys): variable.shape for keys, variable in params}
-    return tracing.find(functools.partial(trace, log=log), trace, log, shapes_by_path, _NOT_RECORDED)
+    shapes_by_path = {path: jnp.shape(array) for path, array in _arrays(nnx.state(model, nnx.Param))}
+    return tracing.find(trace, trace, shapes_by_path, _NOT_RECORDED, reasons)
 
 
-def _is_variable(leaf: Any) -> bool:
-    return isinstance(leaf, nnx.Variable)
+def _arrays(state: Any) -> list[tuple[Path, Any]]:
+    """Returns the arrays in the variables of a state, of which one may hold several or none, each with its path."""
+    arrays = []
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)):
+        path, inside = as_path(keys), jax.tree_util.tree_leaves_with_path(leaf)
+        # an array that is all of the variable has the variable's path
+        arrays += [((*path, *as_path(inner)) if len(inner) > 1 else path, array) for inner, array in inside]
+    return arrays
 
 
 class _Found(nnx.Intermediate[Any]):
@@ -122,7 +127,7 @@ class _Finder(Finder):
             return
         path = captured.get_value()[SITE].path
         if (call := self.log.note(path, module, product, parameters(module), self.watch)) is not None:
-            key = record_key(product.kernel)
+            call, key = self.log.marked(call), record_key(product.kernel)
             try:
                 store(captured, key, call.pooled_with(captured.get_value().get(key)), layer_name(call.site))
             except LostError:

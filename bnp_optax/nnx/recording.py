@@ -68,7 +68,8 @@ def capture(
       TypeError: if ``model`` is no NNX module and no function, or ``examples`` no integer; when it is called, if a
         function's arguments have no module.
       ValueError: when it is called, naming the layer, if a record cannot leave a transform inside
-        the model, a layer's input is empty, no mask fits it, or the model has not the ``layers``.
+        the model, a layer's input is empty, no mask fits it, or the model has not the ``layers``. Where Flax or JAX
+        refuses the record, the error is theirs, with a note that says what to do.
 
     Example:
       >>> from flax import nnx
@@ -95,8 +96,10 @@ def capture(
         with observe(_Recorder(counting, expected_only=layers is not None, captures=True)):
             try:
                 y, intermediates = nnx.capture(model, nnx.Intermediate, init=init)(*args, **kwargs)
-            except BaseException:
+            except BaseException as error:
                 _forget_captures(owner)
+                if layers is None and isinstance(error, Exception) and not isinstance(error, RecordError):
+                    error.add_note(f"If the model runs without capture, a record cannot leave a transform. {_REMEDY}.")
                 raise
         return y, by_layer(intermediates)
 
