@@ -174,6 +174,14 @@ def test_a_layer_that_is_called_with_its_kernel_transposed_as_well_is_excluded(l
             bnp.linen.capture(Tied())({"params": init(Tied(), X)}, X)
 
 
+def test_layers_in_loops_are_found_where_jit_is_disabled_too():
+    x, of_nnx = np.ones((2, 5, 4), np.float32), nnx.RNN(nnx.SimpleCell(4, 3, rngs=nnx.Rngs(0)))
+    found = bnp.linen.find_layers(nn.RNN(nn.SimpleCell(3)), x), bnp.nnx.find_layers(of_nnx, x)
+    assert list(map(len, found)) == [2, 2]
+    with jax.disable_jit():
+        assert (bnp.linen.find_layers(nn.RNN(nn.SimpleCell(3)), x), bnp.nnx.find_layers(of_nnx, x)) == found
+
+
 JAX_TRANSFORMS = {
     "checkpoint": jax.checkpoint,
     "jit": jax.jit,
