@@ -201,6 +201,12 @@ def test_a_model_that_is_restored_is_as_frozen_as_it_was():
     np.testing.assert_allclose(new(Z), 2 * head(Z), rtol=1e-13)
 
 
+def test_parameters_that_are_cast_without_the_gate_decide_on_the_dtype():
+    head = NNXGatedHead(4, 3, 5, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    nnx.update(head, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(head, nnx.Param)))
+    assert head(Z.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
 def test_without_bias_and_in_low_precision():
     head, variables = linen_head(use_bias=False, dtype=jnp.bfloat16)
     assert variables["params"]["hidden"].shape == (4, 3, 5)

@@ -81,5 +81,5 @@ class GatedHead(nnx.Module):
         """Applies the layers to ``[..., in_features]``."""
         features = with_ones(z) if self.use_bias else z
         hidden = self.hidden[...]
-        gate = jnp.where(self.is_frozen[...], self.gate[...], hidden)
+        gate = jnp.where(self.is_frozen[...], self.gate[...].astype(hidden.dtype), hidden)
         return gated_head(features, hidden, self.output[...], gate, slope=self.slope, dtype=self.dtype)
