@@ -93,7 +93,7 @@ class Dataflow:
         if producer is None or isinstance(producer, int):
             return _COMPUTED if producer is None else frozenset({Origin(producer, tuple(range(len(_shape(var)))))})
         eqn, output = producer
-        if _is_primal(eqn):
+        if _is_named(eqn, _PRIMAL):
             return self._origins(*self._unstopped(jaxpr, eqn.invars[0]))
         if (cases := self._cases(jaxpr, var)) != [var]:
             return frozenset().union(*(self._origins(jaxpr, case) for case in cases))
@@ -113,7 +113,7 @@ class Dataflow:
             return itself
         eqn, output = producer
         name = eqn.primitive.name
-        if _is_primal(eqn):
+        if _is_named(eqn, _PRIMAL):
             return self.roots(*self._unstopped(jaxpr, eqn.invars[0]))
         if (cases := self._cases(jaxpr, var)) != [var]:
             return frozenset().union(*(self.roots(jaxpr, case) for case in cases))
@@ -134,7 +134,7 @@ class Dataflow:
             name = eqn.primitive.name
             if name in _PRODUCTS:
                 return Terms(set(), pairs(*(self.roots(jaxpr, operand) for operand in eqn.invars[:2])))
-            if _is_primal(eqn):
+            if _is_named(eqn, _PRIMAL):
                 return self.terms(*self._unstopped(jaxpr, eqn.invars[0]))
             if (name in _SUMS or name in _MOVES) and _marked(eqn) is None:
                 return _union(self.terms(jaxpr, operand) for operand in _moved(eqn, output))
@@ -178,10 +178,8 @@ class Dataflow:
 
     def _unstopped(self, jaxpr: core.Jaxpr, var: Any) -> Root:
         """Returns what :func:`primal` was given: a gradient inside the program has no ``stop_gradient`` to show."""
-        producer = self._producers_in(jaxpr).get(var)
-        if isinstance(producer, tuple) and producer[0].primitive.name == "stop_gradient":
-            return jaxpr, producer[0].invars[0]
-        return jaxpr, var
+        eqn = self._producer(jaxpr, var)
+        return jaxpr, eqn.invars[0] if eqn is not None and eqn.primitive.name == "stop_gradient" else var
 
     def _cases(self, jaxpr: core.Jaxpr, var: Any) -> list[Any]:
         """Returns what :func:`either` was given, again and again for many calls of a layer, or the variable itself."""
@@ -288,11 +286,6 @@ def _marked(eqn: core.JaxprEqn) -> str | None:
     """Returns the name of the mark that an equation makes, ``None`` if it makes none."""
     is_mark = eqn.primitive.name == "name" and eqn.params["name"].startswith(_MARK)
     return eqn.params["name"].removeprefix(_MARK) if is_mark else None
-
-
-def _is_primal(eqn: core.JaxprEqn) -> bool:
-    """Returns whether an equation is the mark of :func:`primal`."""
-    return _is_named(eqn, _PRIMAL)
 
 
 def _is_named(eqn: core.JaxprEqn, name: str) -> bool:

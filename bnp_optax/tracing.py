@@ -15,7 +15,6 @@ So the kernel is that parameter, its own axes are 0 and 2, and its axis 1 is a s
 
 import collections
 import dataclasses
-import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -63,7 +62,7 @@ def find(
     trace_pass: Trace,
     params: Mapping[Path, tuple[int, ...]],
     not_recorded: str,
-    reasons: Mapping[Path, str] = types.MappingProxyType({}),
+    reasons: Mapping[Path, str],
 ) -> Layers:
     """Finds the layers of a model.
 

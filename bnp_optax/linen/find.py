@@ -96,9 +96,9 @@ def find_layers(
         return trace(apply, (params, others), watch, log)
 
     try:
-        return tracing.find(trace_init, trace_pass, shapes, _NOT_RECORDED)
+        return tracing.find(trace_init, trace_pass, shapes, _NOT_RECORDED, reasons={})
     except errors.ScopeParamShapeError:  # init makes parameters in another shape than it finds them in
-        return tracing.find(trace_pass, trace_pass, shapes, _NOT_RECORDED)
+        return tracing.find(trace_pass, trace_pass, shapes, _NOT_RECORDED, reasons={})
 
 
 class _Finder(Finder):
