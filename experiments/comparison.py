@@ -21,6 +21,7 @@ import models
 import optimizers
 import protocol
 import runs
+import settings
 import steps
 import tables
 import trials
@@ -31,10 +32,10 @@ from protocol import Outcome, Trial
 SETTING, GROUP_SIZE, GROUPS = "5-layer CNN", 8, 8
 EXAMPLES, QUICK_STEPS, QUICK_METHODS = 25_600, 10, ("none", "BN")
 RATES = {
-    ("Momentum", 128): optimizers.steps_of_ten(0.01, 0.3),
-    ("Momentum", 4): optimizers.steps_of_ten(0.001, 0.03),
-    ("Adam", 128): optimizers.steps_of_ten(0.0003, 0.01),
-    ("Adam", 4): optimizers.steps_of_ten(0.0003, 0.01),
+    ("Momentum", 128): settings.steps_of_ten(0.01, 0.3),
+    ("Momentum", 4): settings.steps_of_ten(0.001, 0.03),
+    ("Adam", 128): settings.steps_of_ten(0.0003, 0.01),
+    ("Adam", 4): settings.steps_of_ten(0.0003, 0.01),
 }
 CLIPPING = 0.04
 COSTS = "comparison_costs.csv"

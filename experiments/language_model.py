@@ -30,6 +30,7 @@ import optimizers
 import programs
 import protocol
 import runs
+import settings
 import sweeps
 
 BATCH_SIZE, LENGTH = 16, 64
@@ -148,7 +149,7 @@ OPTIMIZERS: dict[str, Callable[[bnp.Layers], optax.GradientTransformation]] = {
 }
 FASTER_EMBEDDINGS = ("{}, embeddings=10", "BNP({}), embeddings=10")  # in learning rates of all else
 KINDS = ("{}", "BNP({})", "BNP({}), eps_relative=1", *FASTER_EMBEDDINGS)
-METHODS = optimizers.method_names(KINDS)  # optimizer and kind
+METHODS = settings.method_names(KINDS)  # optimizer and kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +213,7 @@ class Outcome(Trial):
 def make_program(network: str, method: str, num_characters: int) -> tuple[LanguageModel, Any]:
     """Returns a network, and the optimizer of a method for it."""
     name, kind = METHODS[method]
-    model, options = LanguageModel(num_characters, normalized=network == "LayerNorm"), optimizers.options_of(kind)
+    model, options = LanguageModel(num_characters, normalized=network == "LayerNorm"), settings.options_of(kind)
     faster = optax.masked(optax.scale(options.pop("embeddings", 1.0)), are_embeddings)
     layers = bnp.linen.find_layers(model, jnp.zeros((1, LENGTH), int))
     optimizer = optax.chain(OPTIMIZERS[name](layers), faster)

@@ -18,6 +18,7 @@ import pendulum
 import programs
 import protocol
 import runs
+import settings
 import tables
 import trials
 from protocol import Outcome
@@ -27,12 +28,12 @@ COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {  # of the summary, and lines 
     "{} + BN": ("with BN", {"color": "#E69F00", "marker": "^"}),
     "{} + BRN": ("with Batch Renorm.", {"color": "#D55E00", "marker": "<"}),
     "{} + GN": ("with GN", {"color": "#009E73", "marker": "v"}),
-    optimizers.STANDARDIZED: ("kernels standardized", {"color": "#CC79A7", "marker": "D"}),
+    settings.STANDARDIZED: ("kernels standardized", {"color": "#CC79A7", "marker": "D"}),
     "scale_by_bnp, {}": ("behind scale_by_bnp", {"color": "#56B4E9", "marker": "x", "linestyle": "--"}),
     "BNP({})": ("in BNP's variables", {"color": "#0072B2", "marker": "o"}),
     "centred({})": ("alone, centred", {"color": "#555555", "marker": "*", "linestyle": ":"}),
     "centred({}) + BN": ("with BN, centred", {"color": "#E69F00", "marker": "*", "linestyle": ":"}),
-    optimizers.CENTRED: ("in BNP's variables, centred", {"color": "#0072B2", "marker": "*", "linestyle": ":"}),
+    settings.CENTRED: ("in BNP's variables, centred", {"color": "#0072B2", "marker": "*", "linestyle": ":"}),
 }
 LOWEST = 50.0  # percent, where the axes of accuracies begin
 
@@ -50,18 +51,18 @@ def summary_table(outcomes: Sequence[Outcome]) -> str:
     """
     found = final_accuracies(outcomes)
     kinds = [
-        kind for kind in COLUMNS if any(kind.format(name) in cell for cell in found for name in optimizers.OPTIMIZERS)
+        kind for kind in COLUMNS if any(kind.format(name) in cell for cell in found for name in settings.OPTIMIZERS)
     ]
     rows = []
     for data, setting, name, batch_size in dict.fromkeys(
         (data, setting, name, batch_size)
         for data, setting, batch_size, method in found
-        for name in optimizers.OPTIMIZERS
+        for name in settings.OPTIMIZERS
         if name in method
     ):
         means = {
             kind: found[cell].mean()
-            for kind in optimizers.kinds_of(name, kinds)
+            for kind in settings.kinds_of(name, kinds)
             if (cell := (data, setting, batch_size, kind.format(name))) in found
         }
         highest = f"{max(means.values()):.1f}"
@@ -75,9 +76,9 @@ def by_batch_size(outcomes: Sequence[Outcome], setting: str) -> Figure:
     """Draws test accuracy against batch size, a panel an optimizer: mean and range of the seeds."""
     found = {cell: tests for cell, tests in final_accuracies(outcomes).items() if cell[1] == setting}
     sizes = sorted({size for _, _, size, _ in found}, reverse=True)
-    figure, axes = figures.panels(optimizers.OPTIMIZERS, len(optimizers.OPTIMIZERS), "test accuracy (%)", sharey=True)
-    for panel, name in zip(axes, optimizers.OPTIMIZERS, strict=True):
-        for kind in optimizers.kinds_of(name, COLUMNS):
+    figure, axes = figures.panels(settings.OPTIMIZERS, len(settings.OPTIMIZERS), "test accuracy (%)", sharey=True)
+    for panel, name in zip(axes, settings.OPTIMIZERS, strict=True):
+        for kind in settings.kinds_of(name, COLUMNS):
             header, style = COLUMNS[kind]
             own = {size: tests for (_, _, size, method), tests in found.items() if method == kind.format(name)}
             if own:

@@ -79,6 +79,7 @@ def classifier(
     optimizer: Callable[[Any, Any, Any], optax.GradientTransformationExtraArgs],
     records: bool = False,
     start: Callable[[optax.Params, Any], optax.Params] = lambda params, images: params,
+    smoothing: float = 0.0,
 ) -> Task:
     """Returns the training of a network by the cross-entropy of its logits.
 
@@ -87,6 +88,7 @@ def classifier(
       optimizer: ``(learning rate, parameters, images) -> optimizer``.
       records: whether it wants the records of BNP.
       start: ``(initialized parameters, images) -> parameters`` that training begins with.
+      smoothing: the part of a label that is spread over all classes.
     """
 
     def init(key: jax.Array, x: Any) -> State:
@@ -103,7 +105,11 @@ def classifier(
                 (logits, updated), inputs = bnp.linen.capture(model)(variables, x, **options)
             else:
                 logits, updated = model.apply(variables, x, **options)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+            if smoothing:
+                labels = optax.smooth_labels(jax.nn.one_hot(y, logits.shape[-1]), smoothing)
+                losses = optax.softmax_cross_entropy(logits, labels)
+            else:
+                losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
             return losses.mean(), (updated.get("batch_stats", {}), inputs)
 
         (loss, (batch_stats, inputs)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)

@@ -14,6 +14,7 @@ import images
 import optimizers
 import protocol
 import runs
+import settings
 import trials
 import weight_norm
 from protocol import Outcome, Trial
@@ -42,10 +43,10 @@ def test_augmented_images_are_the_images_moved_and_mirrored():
     np.testing.assert_array_equal(again.images, next(optimizers.augmented_epochs(ANY_TRIAL, split)).images)
 
 
-@pytest.mark.parametrize("setting", optimizers.SETTINGS)
+@pytest.mark.parametrize("setting", settings.SETTINGS)
 def test_every_method_is_what_its_name_says(setting):
     split = images.load("digits", Path()).train
-    names = optimizers.method_names(optimizers.SETTINGS[setting].kinds)
+    names = settings.method_names(settings.SETTINGS[setting].kinds)
     for method, (optimizer, kind) in names.items():
         if optimizer != "Muon" and kind != "{}":
             continue  # Muon, which alone tells kernels from other parameters, stands for all optimizers
@@ -54,10 +55,12 @@ def test_every_method_is_what_its_name_says(setting):
         after, _ = jax.eval_shape(task.step, state, 0.1, split.images[:4].astype(np.float32), split.labels[:4])
         assert jax.tree.map(lambda leaf: leaf.shape, after) == jax.tree.map(lambda leaf: leaf.shape, state)
         normalization = kind.split(" + ")[1].split(",")[0] if " + " in kind else ""
-        assert bool(state.batch_stats) == (normalization in ("BN", "BRN", "BGN"))
-        assert any("norm" in name.lower() for name in state.params) == (normalization not in ("", "WS"))
+        assert bool(state.batch_stats) == (normalization in ("BN", "BRN", "BGN", "noise", "dropout"))
+        assert any("norm" in name.lower() for name in state.params) == (
+            normalization not in ("", "WS", "noise", "dropout")
+        )
         standardized = {name.split("_")[0] for name in state.params if name.startswith("WS")}
-        layers = {"cnn": {"WSConv", "WSDense"}, "mlp": {"WSDense"}}.get(optimizers.SETTINGS[setting].network)
+        layers = {"cnn": {"WSConv", "WSDense"}, "mlp": {"WSDense"}}.get(settings.SETTINGS[setting].network)
         assert standardized == (layers if normalization == "WS" else set())
         assert isinstance(state.opt_state, bnp.PreconditionedState) == kind.startswith("BNP")
         own = state.opt_state.inner if kind.startswith("BNP") else state.opt_state
@@ -76,7 +79,7 @@ def test_every_method_is_what_its_name_says(setting):
 def test_centred_kernels_begin_as_the_others_less_their_means():
     split = images.load("digits", Path()).train
     start, centred = (
-        optimizers.task(Trial("digits", optimizers.FALLING, method, 4, 0.0, 20, 0))
+        optimizers.task(Trial("digits", settings.FALLING, method, 4, 0.0, 20, 0))
         .init(jax.random.key(0), split.images[:1].astype(np.float32))
         .params
         for method in ("BNP(Adam)", "BNP(centred(Adam))")
@@ -94,7 +97,7 @@ def test_the_options_of_preconditioned_are_those_of_the_name():
         "BNP({}), eps_relative=1e-3": {"eps_relative": 1e-3},
         "BNP({}) + GN": {},
     }
-    assert {kind: optimizers.options_of(kind) for kind in expected} == expected
+    assert {kind: settings.options_of(kind) for kind in expected} == expected
     split = images.load("digits", Path()).train
     damping = []
     for method in ("BNP(Momentum)", "BNP(Momentum), eps_relative=1"):
@@ -105,22 +108,45 @@ def test_the_options_of_preconditioned_are_those_of_the_name():
     np.testing.assert_allclose(damping[1], 100 * damping[0], rtol=1e-4)
 
 
+def test_what_is_named_after_an_option_trains_with_it():
+    split = images.load("digits", Path()).train
+    images_, labels = split.images[:4].astype(np.float32) / 16, split.labels[:4]
+
+    def after(method):
+        """Returns kernels after one step, and their loss."""
+        task = optimizers.task(Trial("digits", settings.REGULARIZED, method, 4, 0.0, 20, 0))
+        state, loss = task.step(task.init(jax.random.key(0), images_[:1]), 0.1, images_, labels)
+        return jax.tree.map(np.asarray, state.params), float(loss), task
+
+    start = optimizers.task(Trial("digits", settings.REGULARIZED, settings.CENTRED.format("Muon"), 4, 0.0, 20, 0)).init(
+        jax.random.key(0), images_[:1]
+    )
+    plain, loss, task = after("BNP(centred(Muon))")
+    decayed, _, _ = after("BNP(centred(Muon)), weight_decay=0.1")
+    kernel = plain["Dense_0"]["kernel"] - 0.1 * 0.1 * np.asarray(start.params["Dense_0"]["kernel"])
+    np.testing.assert_allclose(decayed["Dense_0"]["kernel"], kernel, rtol=0, atol=1e-6)
+    _, smooth, _ = after("BNP(centred(Muon)), smoothing=0.1")
+    log_p = jax.nn.log_softmax(task.predict(start, images_))
+    expected = -(0.9 * log_p[np.arange(4), labels] + 0.1 * log_p.mean(1)).mean()
+    np.testing.assert_allclose([loss, smooth], [-log_p[np.arange(4), labels].mean(), expected], rtol=1e-5)
+
+
 def test_a_kind_of_one_optimizer_is_not_tried_with_the_others():
-    kinds = ("{}", optimizers.DAMPED_MUON, "{} + BN")
-    assert optimizers.kinds_of("Muon", kinds) == list(kinds)
-    assert optimizers.kinds_of("Adam", kinds) == ["{}", "{} + BN"]
+    kinds = ("{}", settings.DAMPED_MUON, "{} + BN")
+    assert settings.kinds_of("Muon", kinds) == list(kinds)
+    assert settings.kinds_of("Adam", kinds) == ["{}", "{} + BN"]
     assert {
         trial.method for trial in optimizers.tuning(["5-layer CNN, falling rate"], False) if "=" in trial.method
-    } == {optimizers.DAMPED_MUON}
+    } == {settings.DAMPED_MUON}
 
 
 def test_grids_are_about_a_factor_of_three_apart_and_equal_for_all_methods():
-    assert optimizers.steps_of_ten(0.003, 0.3) == (0.003, 0.01, 0.03, 0.1, 0.3)
+    assert settings.steps_of_ten(0.003, 0.3) == (0.003, 0.01, 0.03, 0.1, 0.3)
     for name in ("e8", "e8_falling", "e9", "e10", "e11"):
         todo = optimizers.EXPERIMENTS[name].tuning(False)
         by_cell = {}
         for trial in todo:
-            optimizer = next(own for own in optimizers.OPTIMIZERS if own in trial.method)
+            optimizer = next(own for own in settings.OPTIMIZERS if own in trial.method)
             cell = by_cell.setdefault((trial.setting, trial.batch_size, optimizer), {})
             cell.setdefault(trial.method, []).append(trial.rate)
         for methods in by_cell.values():
@@ -130,19 +156,25 @@ def test_grids_are_about_a_factor_of_three_apart_and_equal_for_all_methods():
         assert max(examples) - min(examples) < 2048  # what fills no batch
 
 
-def test_what_is_fitted_again_is_best_at_a_falling_rate():
-    cells = protocol.by_cell(runs.read_rows(runs.RESULTS / "e8_falling.csv", Outcome))
-    again = protocol.by_cell(optimizers.fit_trials(False))
-    for cell, trainings in again.items():
-        assert {protocol.best([o for o in cells[cell] if o.seed == 0]).trial} == {
-            dataclasses.replace(trial, seed=0) for trial in trainings
+@pytest.mark.parametrize(
+    ("name", "of", "setting"),
+    [("e8_falling", settings.FALLING, settings.FALLING), ("e9", settings.TEN_EPOCHS, settings.REGULARIZED)],
+)
+def test_what_is_fitted_again_has_the_best_rate(name, of, setting):
+    cells = protocol.by_cell(runs.read_rows(runs.RESULTS / f"{name}.csv", Outcome))
+    again = protocol.by_cell(optimizers.fit_trials(setting, False))
+    for (data, _, size, method), trainings in again.items():
+        without = method.partition(", ")[0].removesuffix(" + noise").removesuffix(" + dropout")
+        tuning = [o for o in cells[data, of, size, without] if o.seed == 0]
+        assert {protocol.best(tuning).trial} == {
+            dataclasses.replace(trial, setting=of, method=without, seed=0) for trial in trainings
         }
-    assert len(again) == len(optimizers.FIT)
+    assert len(again) == len(settings.FIT[setting])
 
 
 def test_the_gap_is_between_training_and_test_images():
     def outcome(method, seed, fit, test):
-        return Outcome("cifar-10", optimizers.FALLING, method, 128, 0.1, 400, seed, "abc", 1.0, 0.5, 60.0, test, fit)
+        return Outcome("cifar-10", settings.FALLING, method, 128, 0.1, 400, seed, "abc", 1.0, 0.5, 60.0, test, fit)
 
     rows = [outcome("BNP(Muon)", 1, 80.0, 70.0), outcome("BNP(Muon)", 2, 82.0, 71.0), outcome("Muon", 1, 75.0, 74.0)]
     assert optimizers.fit_table(rows).splitlines()[2:] == [

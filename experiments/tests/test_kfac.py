@@ -9,13 +9,14 @@ import pytest
 import kfac
 import optimizers
 import runs
+import settings
 import trials
 from programs import UserError
 from protocol import Outcome, Trial
 
 
 def test_trainings_are_those_of_the_other_optimizers():
-    setting = optimizers.SETTINGS[kfac.SETTING]
+    setting = settings.SETTINGS[kfac.SETTING]
     trainings = kfac.tuning(quick=False)
     others = [t for t in optimizers.tuning([kfac.SETTING], False) if t.batch_size == kfac.BATCH_SIZE]
     assert {(t.data, t.setting, t.steps) for t in trainings} == {(t.data, t.setting, t.steps) for t in others}
