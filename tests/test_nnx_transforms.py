@@ -76,6 +76,22 @@ def test_remat_and_jit_in_the_model_change_nothing():
         assert_same(nnx_update(wrapped, x), expected)
 
 
+LISTS = {
+    "remat": nnx.remat(lambda block, x: block(x)),
+    "jit": nnx.jit(lambda block, x: block(x)),
+    "scan": nnx.scan(lambda block, x: block(x), in_axes=(StateAxes(RECORDS_IN_FRONT), 1), out_axes=1),
+    "vmap": nnx.vmap(lambda block, x: block(x), in_axes=(StateAxes(RECORDS_IN_FRONT), 1), out_axes=1),
+    "cond": lambda block, x: nnx.cond(True, lambda block, x: block(x), lambda block, x: 2 * block(x), block, x),
+}
+
+
+@pytest.mark.parametrize("transform", LISTS)
+def test_a_list_of_modules_passes_through_a_transform(transform):
+    block, x = nnx.Sequential(make(nnx.Linear, 3, 4), jnp.tanh, make(nnx.Linear, 4, 2)), normal(0, 5, 4, 3)
+    expected = nnx_update(Wrapped(block, lambda block, x: block(x)), x)
+    assert_same(nnx_update(Wrapped(block, LISTS[transform]), x), expected)
+
+
 def vmap(in_axes, x_axis, **kwargs):
     return lambda layer, x: nnx.vmap(lambda layer, x: layer(x), in_axes=(in_axes, x_axis), **kwargs)(layer, x)
 

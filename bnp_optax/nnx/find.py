@@ -11,7 +11,7 @@ from bnp_optax import tracing
 from bnp_optax.layers import Layers, Path, layer_name
 from bnp_optax.layouts import Product, reason_to_exclude
 from bnp_optax.nnx.calls import observe, parameters
-from bnp_optax.nnx.recording import SITE, LostError, Site, captured_by, module_paths, store
+from bnp_optax.nnx.recording import SITE, LostError, Site, captured_by, module_paths, sparing_lists, store
 from bnp_optax.observing import no_model, noting_the_call
 from bnp_optax.records import record_key
 from bnp_optax.searching import Call, Finder, Log, Watch
@@ -90,7 +90,7 @@ def find_layers(model: nnx.Module, *args: Any, method: Callable[..., Any] | str 
             leaves = [next(remaining) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for leaf in leaves]
             args, kwargs = jax.tree.unflatten(treedef, leaves)
             with noting_the_call(model, args, kwargs), observe(_Finder(watch, log)):
-                _, found = nnx.capture(run, _Found, init=sites)(model, *args, **kwargs)
+                _, found = nnx.capture(sparing_lists(run), _Found, init=sites)(model, *args, **kwargs)
             values = [variable.get_value() for _, variable in nnx.to_flat_state(found)]
             return [value for value in values if isinstance(value, Call)]
 

@@ -93,11 +93,15 @@ def capture(
         stored = [] if layers is None else _expected(modules, layers)
         stored += [((*keys, SITE), nnx.Intermediate[Any](Site(path))) for path, (keys, _) in modules.items()]
         init = nnx.from_flat_state(stored)
+
+        def call(owner: Any) -> Any:
+            return model(*args, **kwargs)
+
         with observe(_Recorder(counting, expected_only=layers is not None, captures=True)):
             try:
-                y, intermediates = nnx.capture(model, nnx.Intermediate, init=init)(*args, **kwargs)
+                y, intermediates = nnx.capture(sparing_lists(call), nnx.Intermediate, init=init)(owner)
             except BaseException as error:
-                _forget_captures(owner)
+                _forget_captures(owner, nnx.Module)
                 if layers is None and isinstance(error, Exception) and not isinstance(error, RecordError):
                     error.add_note(f"If the model runs without capture, a record cannot leave a transform. {_REMEDY}.")
                 raise
@@ -106,10 +110,23 @@ def capture(
     return call_and_record
 
 
-def _forget_captures(model: Any) -> None:
-    """Takes away what Flax leaves in the modules of a pass that fails, which it cannot sort among a list's members."""
+def sparing_lists(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function of a model for ``nnx.capture``, which keeps what this collects out of the model's lists.
+
+    Flax cannot sort it among the numbers of their members, which a transform inside the model has to.
+    """
+
+    def run(model: Any, *args: Any, **kwargs: Any) -> Any:
+        _forget_captures(model, nnx.List)
+        return function(model, *args, **kwargs)
+
+    return run
+
+
+def _forget_captures(model: Any, kind: type[nnx.Module]) -> None:
+    """Takes away what ``nnx.capture`` has put into modules of a kind, where a pass that fails leaves it, too."""
     for _, module in nnx.iter_modules(model):
-        if hasattr(module, "__captures__"):
+        if isinstance(module, kind) and hasattr(module, "__captures__"):
             del module.__captures__
 
 
