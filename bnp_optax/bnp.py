@@ -10,7 +10,7 @@ import optax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from bnp_optax.arguments import check_keeps_no_params, checked_inner, is_known
+from bnp_optax.arguments import checked_inner, is_known, start_in_z
 from bnp_optax.coordinates import Coordinates
 from bnp_optax.layers import Layer, Layers, check_layers
 from bnp_optax.moments import InputMoments, VarianceRule, statistics_dtype
@@ -187,7 +187,7 @@ def preconditioned(
       The transformation, whose state is a :class:`PreconditionedState`.
 
     Raises:
-      ValueError: as :func:`scale_by_bnp`; by ``init`` if ``inner`` begins with a copy of the parameters.
+      ValueError: as :func:`scale_by_bnp`; by ``init`` if ``inner`` keeps the first parameters or searches a step.
       TypeError: if ``inner`` is no transformation; and as :func:`scale_by_bnp`.
 
     Example:
@@ -214,8 +214,7 @@ def preconditioned(
     def init_fn(params: optax.Params) -> PreconditionedState:
         statistics, weights = variables.init(params), LayerTree.of(params, layers)
         z = variables.map(Coordinates.to_z, tabulate(statistics, weights.layers), weights)
-        check_keeps_no_params(inner, z)
-        return PreconditionedState(statistics, inner.init(z))
+        return PreconditionedState(statistics, start_in_z(inner, z, params))
 
     def update_fn(
         updates: optax.Updates,

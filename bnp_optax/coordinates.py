@@ -75,7 +75,8 @@ class Coordinates(NamedTuple):
         ``z_w[j,i] = q sd[j] W[j,i]`` and ``z_b[i] = q (b[i] + sum_j mu[j] W[j,i])``.
         """
         kernel, bias = weights
-        new_kernel = jnp.where(self.rate > 0, kernel / self.rate, 0)
+        positive = self.rate > 0
+        new_kernel = jnp.where(positive, kernel / jnp.where(positive, self.rate, 1), 0)  # so for gradients of it, too
         if bias is None:
             return Weights(new_kernel, None)
         return Weights(new_kernel, (bias + _sum_over_inputs(self.mean, kernel)) / self.bias_rate)

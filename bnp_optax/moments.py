@@ -337,7 +337,10 @@ def running_decay(
     if prior_examples is None:
         return largest
     weight_so_far = jnp.asarray(prior_examples, dtype) + seen.astype(dtype)
-    return jnp.minimum(largest, weight_so_far / (weight_so_far + examples))
+    total = weight_so_far + examples
+    return jnp.minimum(
+        largest, weight_so_far / jnp.where(total == 0, 1, total)
+    )  # an unused 0/0 would stop jax.debug_nans
 
 
 def batch_scale(full_step: ArrayLike, examples: jax.Array) -> jax.Array:
@@ -356,7 +359,7 @@ def batch_scale(full_step: ArrayLike, examples: jax.Array) -> jax.Array:
       >>> batch_scale(128, jnp.array([8.0, 512.0]))
       Array([16.,  1.], dtype=float32)
     """
-    return jnp.maximum(jnp.asarray(full_step, examples.dtype) / examples, 1)
+    return jnp.maximum(jnp.asarray(full_step, examples.dtype) / jnp.where(examples == 0, 1, examples), 1)
 
 
 def absorb(

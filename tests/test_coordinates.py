@@ -185,3 +185,12 @@ def test_dead_layer_stays_finite(eps, with_bias):
 @pytest.mark.parametrize("full_step", [16, np.float32(16), jnp.asarray(16), jnp.array([16.0, 16.0])])
 def test_scale_of_a_batch(full_step):
     np.testing.assert_array_equal(batch_scale(full_step, jnp.array([4.0, 64.0])), [4, 1])
+
+
+def test_gradients_of_the_variables_are_finite_where_p_is_zero():
+    mean, moment = np.zeros((1, 1, 2)), np.array([[[0.0, 4.0]]])
+    of_layer = coordinates(mean, moment, np.ones(1), eps=(0.0, 0.0))
+    gradient = jax.grad(lambda kernel: of_layer.to_z(dense(kernel)).kernel.sum())(np.ones((2, 3)))
+    assert_close(gradient, [[0.0] * 3, [2.0] * 3])  # sd is 2
+    of_rate = jax.grad(lambda rate: of_layer._replace(rate=rate).to_z(dense(np.ones((2, 3)))).kernel.sum())
+    assert np.isfinite(of_rate(of_layer.rate)).all()

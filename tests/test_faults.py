@@ -181,3 +181,16 @@ def test_a_fault_in_one_micro_batch_is_a_fault_of_the_step(start, without_the_ba
     expected_params, _ = without_the_bad_batch("bnp_sgd")
     chex.assert_trees_all_close(params, expected_params, rtol=1e-3, atol=1e-4)
     assert state.total_notfinite == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"scaling": "none"}, {"prior_examples": 0}, {"prior_examples": None}])
+def test_a_layer_without_examples_is_no_fault(start, options):
+    gradients, records = GRADIENTS_AND_RECORDS(start, (X[0], jnp.zeros(3)), Y[0])
+    records["out"] = jax.tree.map(jnp.zeros_like, records["out"])
+    tx = bnp.preconditioned(optax.sgd(0.1), LAYERS, **options)
+    state = tx.init(start)
+    with jax.debug_nans(True):
+        _, after = tx.update(gradients, state, start, intermediates=records)
+    chex.assert_trees_all_equal(after.statistics["out"].mean, state.statistics["out"].mean)
+    assert after.statistics["out"].seen == 0
+    assert after.statistics["hidden"].seen == 8

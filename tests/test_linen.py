@@ -280,6 +280,17 @@ def test_train_state_forwards_the_records():
         state.apply_gradients(grads=gradients)
 
 
+def test_train_state_hands_on_what_else_the_optimizer_takes():
+    model, x = nn.Dense(2), normal(0, 4, 3)
+    params = init(model, x)
+    tx = bnp.preconditioned(optax.polyak_sgd(), bnp.linen.find_layers(model, x))
+    state = bnp.linen.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+    gradients, records = gradients_and_records(model, squared_error)(params, x, jnp.zeros((4, 2)))
+    new = state.apply_gradients(grads=gradients, intermediates=records, extra_args={"value": 0.5})
+    updates, _ = tx.update(gradients, tx.init(params), params, intermediates=records, value=0.5)
+    chex.assert_trees_all_close(new.params, optax.apply_updates(params, updates), rtol=1e-6)
+
+
 def test_train_state_is_captured_by_its_apply_fn():
     model, x = nn.Dense(2), normal(0, 4, 3)
     tx = bnp.bnp_sgd(0.1, bnp.linen.find_layers(model, x))

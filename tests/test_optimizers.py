@@ -348,6 +348,35 @@ def test_what_begins_with_a_copy_of_the_parameters_is_refused(name, compile_init
         (jax.jit(init) if compile_init else init)(PARAMS)
 
 
+def test_a_copy_of_parameters_outside_of_all_layers_is_none_of_bnps_variables():
+    labels = {"conv": "layer", "hidden": "layer", "out": "layer", "scale": "other"}
+    keeping = CONTRIB.schedule_free(optax.sgd(0.1), learning_rate=0.1)
+    allowed = bnp.preconditioned(optax.partition({"layer": optax.sgd(0.1), "other": keeping}, labels), LAYERS)
+    assert jax.jit(allowed.init)(PARAMS).inner.inner_states.keys() == allowed.init(PARAMS).inner.inner_states.keys()
+    refused = bnp.preconditioned(optax.partition({"layer": keeping, "other": optax.sgd(0.1)}, labels), LAYERS)
+    for start in (refused.init, jax.jit(refused.init)):
+        with pytest.raises(ValueError, match="keeps the parameters"):
+            start(PARAMS)
+
+
+def test_what_cannot_be_traced_is_not_checked():
+    untraceable = optax.GradientTransformation(lambda params: jax.tree.map(np.array, params), optax.sgd(0.1).update)
+    assert bnp.preconditioned(untraceable, LAYERS).init(PARAMS)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        optax.lbfgs(),
+        optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(15)),
+        optax.inject_hyperparams(optax.lbfgs)(learning_rate=0.1),
+    ],
+)
+def test_a_search_along_the_step_is_refused(inner):
+    with pytest.raises(ValueError, match=r"searches along its step \(state.*behind preconditioned in a chain"):
+        bnp.preconditioned(inner, LAYERS).init(PARAMS)
+
+
 def test_what_keeps_a_copy_of_the_parameters_goes_around():
     around = CONTRIB.schedule_free(bnp.preconditioned(optax.sgd(0.1), LAYERS), learning_rate=0.1)
     assert movement_of_zero_gradients(around) < 1e-12

@@ -1,6 +1,7 @@
 """Flax's training state, for optimizers that take records."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, Self
 
 import optax
@@ -25,18 +26,21 @@ class TrainState(train_state.TrainState):
       >>> state = state.apply_gradients(grads=grads, intermediates=records)
     """
 
-    def apply_gradients(self, *, grads: Any, intermediates: Any, **kwargs: Any) -> Self:  # type: ignore[override]
+    def apply_gradients(  # type: ignore[override]
+        self, *, grads: Any, intermediates: Any, extra_args: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> Self:
         """Returns the state after one update.
 
         Args:
           grads: the gradients, structured like ``params``.
           intermediates: the records of this batch, or ``KEEP_STATISTICS``.
+          extra_args: what else the ``update`` of the optimizer takes, as ``{"value": loss}``.
           **kwargs: attributes of the state to replace, as in Flax.
 
         Returns:
           The state with ``step``, ``params`` and ``opt_state`` updated.
         """
-        update = functools.partial(self.tx.update, intermediates=intermediates)
+        update = functools.partial(self.tx.update, intermediates=intermediates, **(extra_args or {}))
         state = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
         new_state: Self = super(TrainState, state).apply_gradients(grads=grads, **kwargs)
         return new_state.replace(tx=self.tx)
