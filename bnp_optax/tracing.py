@@ -124,11 +124,13 @@ def _pass(
     trace_pass: Trace, sites: set[Path], params: Mapping[Path, tuple[int, ...]], lost: str
 ) -> dict[Path, Layer | str]:
     """Returns what some layers are in training, or why they are none there, as models may do otherwise in ``init``."""
+    log = Log(counts=True)
     try:
-        calls, lost_inside = _resolve(trace_pass(sites.__contains__, Log(counts=True)), lost)
+        calls, lost_inside = _resolve(trace_pass(sites.__contains__, log), lost)
     except Exception:  # as where the branches of a condition leave different calls
         return {}
-    return {call.site: _describe(call, params, lost) for call in calls} | lost_inside
+    found = {call.site: _describe(call, params, lost) for call in calls} | lost_inside
+    return found | {site: log.reasons[site] for site in sites & log.reasons.keys()}
 
 
 def _trace(trace: Callable[[Watch], Traced], log: Log, not_recorded: str) -> tuple[Traced, dict[Path, str]]:

@@ -86,6 +86,25 @@ def test_a_layer_that_training_alone_calls_inside_a_transform_of_jax_is_excluded
     assert {other.reason for other in layers.excluded} == {"inside a transform of JAX, which lets no record out"}
 
 
+def test_a_layer_that_training_alone_calls_in_a_loop_is_excluded():
+    class Looped(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            inner, outer = (nn.Dense(4, param_dtype=float, name=name) for name in ("inner", "outer"))
+            x = inner(x)
+            if not self.is_initializing():
+                again = lambda inner, x: (x[0] + 1, inner(x[1]))  # noqa: E731
+                x = nn.while_loop(lambda inner, x: x[0] < 3, again, inner, (0, x))[1]
+            return outer(x)
+
+    layers = bnp.linen.find_layers(Looped(), X)
+    assert list(layers) == ["outer"]
+    assert all("without 'intermediates': 0" in other.reason for other in layers.excluded)
+    y, records = bnp.linen.capture(Looped(), layers=layers)(variables := {"params": init(Looped(), X)}, X)
+    np.testing.assert_array_equal(y, Looped().apply(variables, X))
+    assert list(records) == ["outer"]
+
+
 def test_each_layer_that_is_also_applied_with_explicit_parameters_is_excluded():
     class Again(nn.Module):
         @nn.compact

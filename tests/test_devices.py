@@ -75,6 +75,7 @@ def measured(report, scheme):
         "shard_map_whole_step",
         "shard_map_stacked_records",
         "shard_map_over_one_of_two_explicit_axes",
+        "pmap_with_summed_records",
         "explicit_vmap_over_examples",
         "explicit_without_a_mesh_in_context",
     ],

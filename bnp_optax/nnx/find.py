@@ -69,7 +69,7 @@ def find_layers(model: nnx.Module, *args: Any, method: Callable[..., Any] | str 
       N, the examples of a batch, is the first axis of a layer's input: 1 here.
     """
     if not isinstance(model, nnx.Module):
-        raise no_model("find_layers(model, x) of NNX wants a flax.nnx.Module", model)
+        raise no_model("find_layers(model, x) of NNX wants a flax.nnx.Module (of several, one nnx.Dict)", model)
 
     def run(model: Any, *args: Any, **kwargs: Any) -> Any:
         if callable(method):

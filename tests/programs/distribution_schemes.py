@@ -193,6 +193,21 @@ def shard_map_stacked_records():
 
 
 @scheme
+def pmap_with_summed_records():
+    @functools.partial(jax.pmap, axis_name="data")
+    def step(params, state, x, y):
+        (loss, records), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, x, y)
+        gradients, loss = jax.lax.pmean((gradients, loss), "data")
+        updates, state = TX.update(gradients, state, params, intermediates=jax.lax.psum(records, "data"))
+        return optax.apply_updates(params, updates), state, loss
+
+    end = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), (PARAMS, START))
+    for x, y in zip(XS, YS, strict=True):
+        end = step(*end[:2], x.reshape(8, -1, *x.shape[1:]), y.reshape(8, -1, *y.shape[1:]))
+    return {"error": max(error(jax.tree.map(lambda leaf: leaf[k], end), SINGLE) for k in range(8))}  # noqa: B023
+
+
+@scheme
 def shard_map_over_one_of_two_explicit_axes():
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     step = jax.shard_map(
