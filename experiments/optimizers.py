@@ -51,11 +51,10 @@ PADDING = 4  # pixels around an augmented image
 QUICK_STEPS, QUICK_RATES = 20, {("Adam", 32): (0.003,)}
 
 
-def make_optimizer(name: str, rate: optax.ScalarOrSchedule, weight_decay: float = 0.0) -> optax.GradientTransformation:
+def make_optimizer(name: str, rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """Returns an optimizer by its name.
 
-    Muon is on kernels, each a matrix, with Adam at a tenth of the rate on all else. Its weight decay is decoupled, of
-    kernels alone; the others have none.
+    Muon is on kernels, each a matrix, with Adam at a tenth of the rate on all else.
     """
     match name:
         case "Momentum":
@@ -67,11 +66,24 @@ def make_optimizer(name: str, rate: optax.ScalarOrSchedule, weight_decay: float 
         return ADAM_FACTOR * (rate(step) if callable(rate) else rate)
 
     return optax.contrib.muon(
-        rate,
-        weight_decay=weight_decay,
-        adam_learning_rate=rate_of_adam,
-        muon_weight_dimension_numbers=models.kernel_matrices,
+        rate, adam_learning_rate=rate_of_adam, muon_weight_dimension_numbers=models.kernel_matrices
     )
+
+
+def kernel_decay(weight_decay: float, rate: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Returns decoupled decay, which adds to the steps ``- rate weight_decay w`` for kernels.
+
+    It belongs behind BNP, in whose variables the decay of a kernel alone would move its bias.
+    """
+
+    def of_step(step: jax.Array) -> Any:
+        return -weight_decay * rate(step)
+
+    def kernels(params: optax.Params) -> Any:
+        return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+    decay = optax.inject_hyperparams(optax.add_decayed_weights, static_args=("mask",))
+    return optax.with_extra_args_support(decay(weight_decay=of_step, mask=kernels))
 
 
 def make_model(network: str, kind: str, steps: int) -> nn.Module:
@@ -137,7 +149,7 @@ def task(trial: Trial) -> trials.Task:
 
     def optimizer(rate: Any, params: optax.Params, x: jax.Array) -> optax.GradientTransformationExtraArgs:
         schedule = optax.cosine_decay_schedule(rate, trial.steps) if setting.falls else rate
-        inner = make_optimizer(name, schedule, weight_decay)
+        inner = make_optimizer(name, schedule)
         if "WN(" in kind:
             inner = weight_norm.weight_normalized(inner, leave=[OUTPUT_LAYERS[setting.network]])
         if "centred(" in kind:
@@ -150,6 +162,8 @@ def task(trial: Trial) -> trials.Task:
         if "(clip, " in kind:
             inner = optax.chain(clip, inner)
         tx = bnp.preconditioned(inner, layers, **options)
+        if weight_decay:
+            return optax.chain(tx, kernel_decay(weight_decay, schedule))
         return optax.chain(clip, tx) if kind.startswith("clip, ") else tx
 
     training = trials.classifier(model, optimizer, in_variables or behind, start, smoothing)
@@ -207,7 +221,7 @@ def fit_table(outcomes: Sequence[protocol.Outcome]) -> str:
         fit, test = (np.array([getattr(o, field) for o in own]) for field in ("measure", "test_accuracy"))
         loss = np.mean([outcome.train_loss for outcome in own])
         cells = [f"{fit.mean():.1f}", tables.range_text(fit), f"{test.mean():.1f}", f"{(fit - test).mean():.1f}"]
-        rows.append([method, *cells, f"{loss:.3f}"])
+        rows.append([method, *cells, "" if "smoothing" in method else f"{loss:.3f}"])  # of other labels
     return tables.markdown(["method", "training images", "range", "test images", "gap", "train loss"], rows)
 
 

@@ -62,8 +62,9 @@ def test_every_method_is_what_its_name_says(setting):
         standardized = {name.split("_")[0] for name in state.params if name.startswith("WS")}
         layers = {"cnn": {"WSConv", "WSDense"}, "mlp": {"WSDense"}}.get(settings.SETTINGS[setting].network)
         assert standardized == (layers if normalization == "WS" else set())
-        assert isinstance(state.opt_state, bnp.PreconditionedState) == kind.startswith("BNP")
-        own = state.opt_state.inner if kind.startswith("BNP") else state.opt_state
+        opt_state = state.opt_state[0] if "weight_decay" in kind else state.opt_state
+        assert isinstance(opt_state, bnp.PreconditionedState) == kind.startswith("BNP")
+        own = opt_state.inner if kind.startswith("BNP") else opt_state
         lengths = own.lengths if isinstance(own, weight_norm.WeightNormState) else {}
         assert set(lengths) == ({"Conv_0", "Conv_1", "Conv_2", "Dense_0"} if "WN(" in kind else set())
         assert (isinstance(own, tuple) and own[0] == own[-1] == optax.EmptyState()) == ("centred(" in kind)
@@ -123,8 +124,10 @@ def test_what_is_named_after_an_option_trains_with_it():
     )
     plain, loss, task = after("BNP(centred(Muon))")
     decayed, _, _ = after("BNP(centred(Muon)), weight_decay=0.1")
-    kernel = plain["Dense_0"]["kernel"] - 0.1 * 0.1 * np.asarray(start.params["Dense_0"]["kernel"])
-    np.testing.assert_allclose(decayed["Dense_0"]["kernel"], kernel, rtol=0, atol=1e-6)
+    for layer, own in plain.items():
+        kernel = own["kernel"] - 0.1 * 0.1 * np.asarray(start.params[layer]["kernel"])
+        np.testing.assert_allclose(decayed[layer]["kernel"], kernel, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(decayed[layer]["bias"], own["bias"], rtol=0, atol=1e-6)
     _, smooth, _ = after("BNP(centred(Muon)), smoothing=0.1")
     log_p = jax.nn.log_softmax(task.predict(start, images_))
     expected = -(0.9 * log_p[np.arange(4), labels] + 0.1 * log_p.mean(1)).mean()
