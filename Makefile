@@ -53,7 +53,8 @@ optimizers: $(READY)  ## Run the experiments with Momentum, Adam and Muon on the
 figures: $(READY)  ## Draw the figures and write the tables of the pages from the CSV files.
 	$(BIN)/python experiments/figures.py --pages experiments/results/README.md
 	$(BIN)/python experiments/methods_report.py --pages experiments/results/methods.md docs/contrib/README.md
-	$(BIN)/python experiments/optimizers_report.py --pages README.md experiments/results/optimizers.md docs/migration.md docs/reinforcement_learning.md
+	$(BIN)/python experiments/optimizers_report.py --pages README.md experiments/results/optimizers.md docs/migration.md docs/reinforcement_learning.md \
+		docs/contrib/centred_kernels.md
 	$(BIN)/python experiments/report.py --pages docs/performance.md
 
 benchmark: $(READY)  ## Measure steps of SGD, BNP and its peers (ARGS=--help explains the options), and compiling them.

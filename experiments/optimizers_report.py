@@ -3,6 +3,7 @@
 Everything comes from the CSV files that ``optimizers.py``, ``language_model.py`` and ``pendulum.py`` wrote.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,28 @@ def summary_table(outcomes: Sequence[Outcome]) -> str:
             for kind in settings.kinds_of(name, kinds)
             if (cell := (data, setting, batch_size, kind.format(name))) in found
         }
-        highest = f"{max(means.values()):.1f}"
+        highest = f"{max(means.values()):.1f}" if len(means) > 1 else None
         texts = [f"{means[kind]:.1f}" if kind in means else "" for kind in kinds]
         network = f"{tables.DATA_NAMES[data]}, {setting}"
         rows.append([network, name, str(batch_size), *(f"**{text}**" if text == highest else text for text in texts)])
     return tables.markdown(["network", "optimizer", "batch", *(COLUMNS[kind][0] for kind in kinds)], rows)
+
+
+def centred_table(outcomes: Sequence[Outcome], setting: str) -> str:
+    """Returns mean test accuracies with centred kernels, and in brackets with kernels as they are."""
+    found = {cell: f"{tests.mean():.1f}" for cell, tests in final_accuracies(outcomes).items() if cell[1] == setting}
+    kinds = {"centred({})": "{}", "centred({}) + BN": "{} + BN", settings.CENTRED: "BNP({})"}  # and without
+    rows = []
+    for name, (data, size) in itertools.product(
+        settings.OPTIMIZERS, dict.fromkeys((data, size) for data, _, size, _ in found)
+    ):
+        pairs = [[found.get((data, setting, size, kind.format(name))) for kind in pair] for pair in kinds.items()]
+        texts = [
+            "not run" if pair == [None, None] else "{} ({})".format(*(own or "not run" for own in pair))
+            for pair in pairs
+        ]
+        rows.append([name, str(size), *texts])
+    return tables.markdown(["optimizer", "batch", *(COLUMNS[kind][0] for kind in kinds.values())], rows)
 
 
 def by_batch_size(outcomes: Sequence[Outcome], setting: str) -> Figure:
@@ -113,6 +131,7 @@ def make(results: Path) -> trials.Report:
     texts, drawn = trials.report_all(optimizers.EXPERIMENTS, results)
     if rows := optimizers.ordered(runs.read_rows(results / "e8.csv", Outcome)):
         texts["every_optimizer"] = summary_table(rows)
+        texts["centred"] = centred_table(rows, "5-layer CNN")
         drawn["every_optimizer"] = by_batch_size(rows, "5-layer CNN")
     if losses := runs.read_rows(results / "e7.csv", language_model.Outcome):
         texts["e7"], drawn["e7"] = language_model_table(losses), along_training(losses)

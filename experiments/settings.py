@@ -150,7 +150,7 @@ SETTINGS = {
         LARGEST,
         falls=True,
     ),
-    TEN_EPOCHS: Setting("cnn", "cifar-10", 450_000, RIVALS, E9, falls=True, augment=True),
+    TEN_EPOCHS: Setting("cnn", "cifar-10", 450_000, (*RIVALS, *CENTRED_ALONE), E9, falls=True, augment=True),
     REGULARIZED: Setting("cnn", "cifar-10", 450_000, list(REGULARIZED_MUON), {}, falls=True, augment=True),
     "5-layer CNN, gray images": Setting("cnn", "fashion-mnist", EPOCH, HEADLINE, E10),
     "5-layer CNN, large batches": Setting("cnn", "cifar-10", EPOCH, (*HEADLINE, "{} + BGN"), E11),

@@ -18,6 +18,7 @@ RESULTS, METHODS, OPTIMIZERS = (f"experiments/results/{name}.md" for name in ("R
 PAGES = {
     "README.md": optimizers_report.make,
     "docs/contrib/README.md": methods_report.make,
+    "docs/contrib/centred_kernels.md": optimizers_report.make,
     "docs/migration.md": optimizers_report.make,
     "docs/reinforcement_learning.md": optimizers_report.make,
     RESULTS: figures.make,
