@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from clipped_layers import LINEN, Dense, linen_layers, random_trees
-from helpers import flatten, weigh
+from helpers import flatten, weigh, with_statistics
 
 import bnp_optax as bnp
 from bnp_optax.contrib import adaptive_grad_clip
@@ -166,14 +166,22 @@ def test_a_unit_that_is_not_finite_remains_so_and_changes_no_other(bad):
 
 
 def test_clipping_inside_of_bnp_is_by_the_norms_of_bnps_variables():
-    """Under means 0 and variances 1 these are the weights themselves, divided by sqrt(1 + damping)."""
+    """The kernel's rows times the deviations, and the bias with what the means bring, as the change of variables is."""
     params, gradients = dense_trees(0, 1.0, 10.0)
+    mean, sd = np.array([3.0, -1.0, 0.5, 0.0]), np.array([4.0, 0.5, 2.0, 1.0])
     inner = optax.chain(adaptive_grad_clip(0.1, DENSE), optax.scale(-1.0))
-    tx = bnp.preconditioned(inner, DENSE, eps=0.0, eps_relative=0.0, scaling="none")
+    tx = bnp.preconditioned(inner, DENSE, eps=0.0, eps_relative=0.0, scaling="none", variance="batch")
     state = tx.init(params)
+    statistics = with_statistics(state.statistics, "kernel", mean=mean, variance=sd**2)
+    state = state._replace(statistics=statistics)
     updates, _ = tx.update(gradients, state, params, intermediates=bnp.KEEP_STATISTICS)
-    expected = jax.tree.map(jnp.negative, run(params, gradients))
-    chex.assert_trees_all_close(updates, expected, rtol=1e-12)
+    z = {"kernel": sd[:, None] * params["kernel"], "bias": params["bias"] + mean @ params["kernel"]}
+    of_bias = gradients["bias"]
+    of_kernel = (gradients["kernel"] - mean[:, None] * of_bias[None]) / sd[:, None]
+    step = jax.tree.map(jnp.negative, run(z, {"kernel": of_kernel, "bias": of_bias}))
+    kernel = step["kernel"] / sd[:, None]
+    expected = {"kernel": kernel, "bias": step["bias"] - mean @ kernel}
+    chex.assert_trees_all_close(updates, expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,16 @@ def test_the_number_of_examples_may_be_said(captured):
         captured(examples=np.int64(0))
 
 
+def test_a_layer_that_is_mapped_over_the_examples_counts_these_whatever_is_said():
+    maps = {"variable_axes": {"params": None, "intermediates": 0}, "split_rngs": {"params": False}}
+    model, x = nn.vmap(nn.Dense, **maps)(2, param_dtype=float), X[:, 0]
+    params, layers = init(model, x), bnp.linen.find_layers(model, x)
+    tx = bnp.scale_by_bnp(layers)
+    _, records = bnp.linen.capture(model, examples=7)({"params": params}, x)
+    _, state = tx.update(params, tx.init(params), intermediates=records)
+    assert state["kernel"].seen == len(x)
+
+
 def test_what_is_compiled_inside_a_model_stays_so_with_a_known_number_of_examples():
     traced = []
     model = nn.Sequential([nn.Dense(3, param_dtype=float), jax.jit(lambda x: traced.append(x) or x)])
@@ -274,6 +284,15 @@ def test_an_rnn_masks_its_cell_step_by_step(api, reverse):
     np.testing.assert_array_equal(y, plain)
     pooled = pool(record, repeat_axes=[0])
     assert_moments(pooled, x[mask], examples=3)
+
+
+def test_an_rnn_of_two_axes_of_examples_counts_the_first_with_a_mask_too():
+    model, x = nn.RNN(nn.SimpleCell(5, param_dtype=float)), normal(0, 4, 2, 3, 2)
+    params = init(model, x)
+    _, masked = bnp.linen.capture(model, mask=np.ones((4, 2, 3), bool))({"params": params}, x)
+    _, plain = forward(model)(params, x)
+    assert_same(pool(masked["cell/i"], repeat_axes=[0]), pool(plain["cell/i"], repeat_axes=[0]))
+    assert pool(masked["cell/i"], repeat_axes=[0]).examples == 4
 
 
 def test_a_mask_that_does_not_fit_the_input_of_an_rnn_names_it():

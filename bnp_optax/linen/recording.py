@@ -52,7 +52,8 @@ def capture(
         count. What does not count enters neither mean nor variance nor N. ``nn.RNN`` masks its cell by its
         ``seq_lengths``, and by a mask that fits its input. Outside of ``jax.jit`` every pass with a mask compiles anew
         what is compiled inside it, JAX's own functions too.
-      examples: N, how many examples the pass has, instead of the size of the first axis of a layer's input.
+      examples: N, how many examples the pass has, instead of the size of the first axis of a layer's input; a layer
+        that a transform maps over single examples has no such axis, and counts what it is mapped over.
 
     Returns:
       A function with the arguments of ``model.apply``. It returns what that returns, a pair
