@@ -10,13 +10,11 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import numpy as np
 import optax
 from matplotlib.figure import Figure
 
 import figures
 import protocol
-import tables
 import trials
 from bnp_optax.contrib import linen as contrib_linen
 from protocol import Outcome, Trial
@@ -109,13 +107,9 @@ def by_rate(outcomes: Sequence[Outcome]) -> Figure:
     figure, axes = figures.panels(settings, 2, "validation accuracy (%)")
     for panel, setting in zip(axes, settings, strict=True):
         for method in dict.fromkeys(outcome.method for outcome in outcomes):
-            own = [o for o in outcomes if (o.setting, o.method, o.seed) == (setting, method, 0)]
-            own.sort(key=lambda outcome: outcome.rate)
-            accuracies = np.array([tables.CHANCE if o.diverged else o.validation_accuracy for o in own])
+            own = [o for o in outcomes if (o.setting, o.method) == (setting, method)]
             label = method.replace("BGN, ", "G = ").split(" group")[0]
-            line: dict[str, Any] = {"label": label, "markersize": 4} | STYLES[method]
-            panel.plot([o.rate for o in own], accuracies, **line)
-        panel.set(xscale="log", xlabel="learning rate")
+            figures.draw_over_rates(panel, own, label, STYLES[method], errors=False)
     return figures.add_legend(figure, axes)
 
 

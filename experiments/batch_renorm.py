@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 import figures
 import images
 import protocol
-import tables
 import trials
 from bnp_optax import contrib
 from bnp_optax.contrib import linen as contrib_linen
@@ -131,12 +130,8 @@ def by_rate(outcomes: Sequence[Outcome]) -> Figure:
     figure, axes = figures.panels([f"{setting} a batch" for setting in settings], 3, "validation accuracy (%)")
     for panel, setting in zip(axes, settings, strict=True):
         for method, style in STYLES.items():
-            own = [o for o in outcomes if (o.setting, o.method, o.seed) == (setting, method, 0)]
-            own.sort(key=lambda outcome: outcome.rate)
-            accuracies = np.array([tables.CHANCE if o.diverged else o.validation_accuracy for o in own])
-            line: dict[str, Any] = {"label": method, "markersize": 4} | style
-            panel.plot([o.rate for o in own], 100 - accuracies, **line)
-        panel.set(xscale="log", xlabel="learning rate")
+            own = [o for o in outcomes if (o.setting, o.method) == (setting, method)]
+            figures.draw_over_rates(panel, own, method, style)
         figures.show_errors_as_accuracies(panel)
     return figures.add_legend(figure, axes)
 

@@ -6,8 +6,9 @@ Everything comes from the CSV files that ``paper.py`` and ``beyond.py`` wrote.
 import argparse
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,6 +20,7 @@ import runs
 import tables
 from conditioning import Conditioning
 from programs import UserError
+from protocol import Outcome
 
 COLORS = {"sgd": "#555555", "bn": "#E69F00", "gn": "#009E73", "bnp": "#0072B2", "bnp+gn": "#56B4E9"}
 TICKS_APART = 0.08  # of the height of a panel, so that no label lies on another
@@ -73,6 +75,17 @@ def show_errors_as_accuracies(panel: Axes) -> None:
     panel.minorticks_off()
     if label := panel.get_ylabel():
         panel.set_ylabel(f"{label}\nlogarithmic in the error")
+
+
+def draw_over_rates(
+    panel: Axes, outcomes: Iterable[Outcome], label: str, style: Mapping[str, Any], errors: bool = True
+) -> None:
+    """Draws validation accuracy against learning rate, with seed 0, or its error; what diverged guesses."""
+    own = sorted((outcome for outcome in outcomes if not outcome.seed), key=lambda outcome: outcome.rate)
+    accuracies = np.array([tables.CHANCE if outcome.diverged else outcome.validation_accuracy for outcome in own])
+    line: dict[str, Any] = {"label": label, "markersize": 4, **style}
+    panel.plot([outcome.rate for outcome in own], 100 - accuracies if errors else accuracies, **line)
+    panel.set(xscale="log", xlabel="learning rate")
 
 
 def add_legend(figure: Figure, axes: Sequence[Axes]) -> Figure:

@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
-import numpy as np
 import optax
 
 import bnp_optax as bnp
@@ -174,13 +173,8 @@ def report(outcomes: Sequence[Outcome]) -> trials.Report:
     figure, [panel] = figures.panels([title], 1, "validation accuracy (%)")
     figure.set_size_inches(7.2, 4.0)
     for (_, _, _, name), own in protocol.by_cell(outcomes).items():
-        tuning = sorted((outcome for outcome in own if outcome.seed == 0), key=lambda outcome: outcome.rate)
-        rates = [outcome.rate for outcome in tuning]
-        # what diverged guesses
-        accuracies = [tables.CHANCE if o.diverged else max(o.validation_accuracy, tables.CHANCE) for o in tuning]
-        panel.plot(rates, 100 - np.array(accuracies), label=name, markersize=5, **METHODS[name].style)  # type: ignore[arg-type]
+        figures.draw_over_rates(panel, own, name, METHODS[name].style)
     figures.show_errors_as_accuracies(panel)
-    panel.set(xscale="log", xlabel="learning rate")
     panel.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     return {"normalizer_free": protocol.accuracy_table(outcomes)}, {"normalizer_free": figure}
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import numpy as np
 import optax
 from matplotlib.figure import Figure
 
@@ -137,12 +136,8 @@ def by_rate(outcomes: Sequence[Outcome]) -> Figure:
     figure, axes = figures.panels(titles, 2, "validation accuracy (%)", sharey=True)
     for panel, setting in zip(axes, starts, strict=True):
         for name in dict.fromkeys(outcome.method for outcome in outcomes):
-            own = [o for o in outcomes if (o.setting, o.method, o.seed) == (setting, name, 0)]
-            own.sort(key=lambda outcome: outcome.rate)
-            accuracies = np.array([tables.CHANCE if o.diverged else o.validation_accuracy for o in own])
-            line: dict[str, Any] = {"label": name, "markersize": 4} | METHODS[name].style
-            panel.plot([o.rate for o in own], 100 - accuracies, **line)
-        panel.set(xscale="log", xlabel="learning rate")
+            own = [o for o in outcomes if (o.setting, o.method) == (setting, name)]
+            figures.draw_over_rates(panel, own, name, METHODS[name].style)
     figures.show_errors_as_accuracies(axes[0])  # whose axis all panels share
     return figures.add_legend(figure, axes)
 

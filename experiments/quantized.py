@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import qwix  # type: ignore[import-untyped]
 from matplotlib.figure import Figure
@@ -170,12 +169,8 @@ def by_rate(outcomes: Sequence[Outcome]) -> Figure:
     figure, [panel] = figures.panels([title], 1, "validation accuracy (%)")
     figure.set_size_inches(7.2, 4.0)
     for name, method in METHODS.items():
-        own = sorted((o for o in outcomes if (o.method, o.seed) == (name, 0)), key=lambda outcome: outcome.rate)
-        accuracies = np.array([tables.CHANCE if o.diverged else o.validation_accuracy for o in own])
-        line: dict[str, Any] = {"label": name, "markersize": 5} | method.style
-        panel.plot([o.rate for o in own], 100 - accuracies, **line)
+        figures.draw_over_rates(panel, [o for o in outcomes if o.method == name], name, method.style)
     figures.show_errors_as_accuracies(panel)
-    panel.set(xscale="log", xlabel="learning rate")
     panel.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     return figure
 

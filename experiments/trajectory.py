@@ -17,7 +17,6 @@ import figures
 import images
 import models
 import protocol
-import tables
 import trials
 from bnp_optax.contrib.trajectory import trajectory_regularized
 from protocol import Outcome, Trial
@@ -133,12 +132,8 @@ def by_rate(outcomes: Sequence[Outcome]) -> Figure:
     figure, axes = figures.panels([f"{setting} a batch" for setting in settings], 2, "validation accuracy (%)")
     for panel, setting in zip(axes, settings, strict=True):
         for name, method in METHODS.items():
-            own = [o for o in outcomes if (o.setting, o.method, o.seed) == (setting, name, 0)]
-            own.sort(key=lambda outcome: outcome.rate)
-            accuracies = np.array([tables.CHANCE if o.diverged else o.validation_accuracy for o in own])
-            line: dict[str, Any] = {"label": name, "markersize": 4} | method.style
-            panel.plot([o.rate for o in own], 100 - accuracies, **line)
-        panel.set(xscale="log", xlabel="learning rate")
+            own = [o for o in outcomes if (o.setting, o.method) == (setting, name)]
+            figures.draw_over_rates(panel, own, name, method.style)
         figures.show_errors_as_accuracies(panel)
     return figures.add_legend(figure, axes)
 
