@@ -179,8 +179,9 @@ def _is_held(parameter: Parameter, leaves: Mapping[Path, Any]) -> bool:
         raise ValueError(
             f"layers describes {parameter.name}, which the parameters do not hold. They hold "
             f"{', '.join('/'.join(path) for path in list(leaves)[:6])}{', ...' if len(leaves) > 6 else ''}. "
-            "Call find_layers on the model that made these parameters. If they are a part of the model's, take "
-            "layers.select(...); if they lie beneath other keys, layers.under(...)."
+            "Call find_layers on the model that made these parameters. If they are some of the model's layers, take "
+            "layers.select(...); if they lie beneath other keys, layers.under(...); if biases are to be left alone, "
+            "mask these with optax.masked or optax.partition, as they may not be missing."
         )
     if (shape := jnp.shape(leaves[parameter.path])) != parameter.shape:
         raise ValueError(
