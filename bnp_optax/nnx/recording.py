@@ -151,6 +151,7 @@ def record_inputs(
     * the branches of ``nnx.cond`` must call the same layers, unless ``capture`` is given ``layers``
       (which a method that calls all branches finds); ``nnx.while_loop`` and ``nnx.fori_loop`` must
       call none;
+    * an ``nnx.List``, or ``nnx.Sequential``, needs :func:`capture`: ``nnx.capture`` alone fails in transforms of one;
     * JAX's own transforms drop or refuse records.
 
     While a context is active, the classes of Flax's linear layers have another ``__call__``. It
