@@ -71,7 +71,7 @@ def start_in_z(inner: optax.GradientTransformation, z: optax.Params, params: opt
         names.extend(jax.tree_util.keystr(keys) for keys, _ in arrays)
         return [leaf for _, leaf in arrays]
 
-    state, flow = inner.init(z), Dataflow()
+    state = inner.init(z)
     for keys, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_line_search):
         if _is_line_search(node):
             raise ValueError(
@@ -80,7 +80,7 @@ def start_in_z(inner: optax.GradientTransformation, z: optax.Params, params: opt
                 "in a chain, and use lbfgs without BNP: docs/wrappers.md says more."
             )
     try:
-        jaxpr = jax.make_jaxpr(begin)(z).jaxpr
+        jaxpr, flow = jax.make_jaxpr(begin)(z).jaxpr, Dataflow()
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
         return state
     changed = [ours is not theirs for ours, theirs in zip(jax.tree.leaves(z), jax.tree.leaves(params), strict=True)]

@@ -337,10 +337,8 @@ def running_decay(
     if prior_examples is None:
         return largest
     weight_so_far = jnp.asarray(prior_examples, dtype) + seen.astype(dtype)
-    total = weight_so_far + examples
-    return jnp.minimum(
-        largest, weight_so_far / jnp.where(total == 0, 1, total)
-    )  # an unused 0/0 would stop jax.debug_nans
+    total = weight_so_far + examples  # of a layer without any 0, whose quotient, unused, would stop jax.debug_nans
+    return jnp.minimum(largest, weight_so_far / jnp.where(total == 0, 1, total))
 
 
 def batch_scale(full_step: ArrayLike, examples: jax.Array) -> jax.Array:

@@ -235,22 +235,22 @@ def ordered(outcomes: Sequence[protocol.Outcome]) -> list[protocol.Outcome]:
     return sorted(outcomes, key=place)
 
 
-def experiment(name: str, of: Sequence[str]) -> trials.Experiment:
+def experiment(name: str, names: Sequence[str]) -> trials.Experiment:
     """Returns an experiment, whose table says what every method reached on the test images."""
 
     def report(outcomes: Sequence[protocol.Outcome]) -> trials.Report:
         return {name: protocol.accuracy_table(ordered(outcomes))}, {}
 
-    return trials.Experiment(functools.partial(tuning, of), task, report, refined=True)
+    return trials.Experiment(functools.partial(tuning, names), task, report, refined=True)
 
 
-def validated(name: str, of: Sequence[str]) -> trials.Experiment:
+def validated(name: str, names: Sequence[str]) -> trials.Experiment:
     """Returns an experiment of one seed, whose table has the accuracy on the validation images at every rate."""
 
     def report(outcomes: Sequence[protocol.Outcome]) -> trials.Report:
         return {name: protocol.validation_table(ordered(outcomes))}, {}
 
-    return trials.Experiment(functools.partial(tuning, of), task, report, seeds=())
+    return trials.Experiment(functools.partial(tuning, names), task, report, seeds=())
 
 
 def fitted(name: str, setting: str) -> trials.Experiment:

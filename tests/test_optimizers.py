@@ -178,7 +178,8 @@ KEEPS_PARAMETERS = {
     "schedule_free_sgd": lambda: CONTRIB.schedule_free_sgd(0.1),
     # the step before, as the difference of two parameters
     "lbfgs": lambda: optax.lbfgs(0.1, memory_size=2, linesearch=None),
-    # inner products of gradients with the parameters at which they were taken
+    # averages of inner products of gradients with the parameters at which they were taken: those of z, but nearly, so
+    # that inside is still the better place; test_wrappers.py has it
     "momo": lambda: CONTRIB.momo(10.0),
     "momo_adam": lambda: CONTRIB.momo_adam(10.0),
 }

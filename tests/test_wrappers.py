@@ -11,7 +11,7 @@ import optax.contrib
 import pytest
 from flax.training.train_state import TrainState
 from helpers import compiled, make_step, muon_dimensions, statistics_in
-from transformations import GRADIENTS_AND_RECORDS, SGD, TRANSFORMATIONS, problem
+from transformations import DENSE, GRADIENTS_AND_RECORDS, SGD, TRANSFORMATIONS, dense_params, dense_record, problem
 
 import bnp_optax as bnp
 
@@ -327,3 +327,26 @@ def flatten_around(tx):
 def test_wrappers_that_drop_the_records_end_in_an_error(entry, refusing):
     with pytest.raises((TypeError, ValueError), match=r"intermediates|Call find_layers on the model"):
         jax.eval_shape(lambda: refusing(entry.optimizer()))
+
+
+@pytest.mark.parametrize("make", [optax.polyak_sgd, optax.contrib.momo, optax.contrib.momo_adam])
+def test_a_step_that_compares_the_loss_with_the_gradient_belongs_inside(make):
+    """A regression that can be fitted, with 8 examples a step, at a rate that is no bound: behind the loss grows."""
+    x = jax.random.normal(jax.random.key(0), (8, 3))
+    y = x.sum(1, keepdims=True) + 1
+
+    def loss(params):
+        return jnp.mean(jnp.square(x @ params["w"] + params["b"] - y))
+
+    def end(tx):
+        params = jax.tree.map(jnp.zeros_like, dense_params())
+        state = tx.init(params)
+        for _ in range(30):
+            value, gradients = jax.value_and_grad(loss)(params)
+            updates, state = tx.update(gradients, state, params, intermediates=dense_record(x), value=value)
+            params = optax.apply_updates(params, updates)
+        return loss(params)
+
+    start = loss(jax.tree.map(jnp.zeros_like, dense_params()))
+    assert end(bnp.preconditioned(make(1e3), DENSE)) < 0.3 * start
+    assert not end(optax.chain(bnp.scale_by_bnp(DENSE), make(1e3))) < 10 * start
